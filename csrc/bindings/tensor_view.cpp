@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/tensor_view.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace py = pybind11;
+
+namespace t2p {
+namespace {
+
+struct Torch {
+  const dlpack::ExchangeApi* table = nullptr;  // null: the road of attributes
+  py::object tensor_type, cuda;
+};
+
+// Leaked: it must outlive every tensor, and Python objects cannot be freed after the interpreter.
+Torch& torch_in_use() {
+  static Torch* torch = new Torch;
+  return *torch;
+}
+
+const char* type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+dlpack::DataType parse_dtype(std::string_view text) {
+  // "torch.float32", "torch.bfloat16", "torch.int64", "torch.uint8", "torch.bool"
+  if (const auto dot = text.find('.'); dot != text.npos) text.remove_prefix(dot + 1);
+  if (text == "bool") return {dlpack::kBool, 8, 1};
+  const auto digits = text.find_first_of("0123456789");
+  const int bits = digits == text.npos ? 0 : std::atoi(std::string(text.substr(digits)).c_str());
+  const std::string_view kind = text.substr(0, digits);
+  const std::uint8_t code = kind == "float"    ? dlpack::kFloat
+                            : kind == "bfloat" ? dlpack::kBfloat
+                            : kind == "int"    ? dlpack::kInt
+                            : kind == "uint"   ? dlpack::kUInt
+                                               : 255;
+  return {code, static_cast<std::uint8_t>(bits), 1};
+}
+
+}  // namespace
+
+void init_tensor_road(py::module_ torch) {
+  Torch& in_use = torch_in_use();
+  in_use.tensor_type = torch.attr("Tensor");
+  in_use.cuda = torch.attr("cuda");
+  const char* forced = std::getenv("T2P_TENSOR_ROAD");
+  const std::string_view road = forced ? forced : "";
+  T2P_CHECK(road.empty() || road == "dlpack" || road == "attributes", "T2P_TENSOR_ROAD=", road,
+            " is not one of dlpack, attributes");
+  if (road == "attributes") return;
+  if (!py::hasattr(in_use.tensor_type, "__dlpack_c_exchange_api__")) {
+    T2P_CHECK(road.empty(), "T2P_TENSOR_ROAD=dlpack needs torch >= 2.10");
+    return;
+  }
+  const py::object capsule = in_use.tensor_type.attr("__dlpack_c_exchange_api__");
+  void* table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (table == nullptr) throw py::error_already_set();
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(table);
+  if (api->version.major == 1) in_use.table = api;
+}
+
+const char* tensor_road() { return torch_in_use().table ? "dlpack" : "attributes"; }
+
+TensorView::TensorView(py::handle object) {
+  const Torch& torch = torch_in_use();
+  T2P_CHECK_TYPE(torch.tensor_type && PyObject_IsInstance(object.ptr(), torch.tensor_type.ptr()) == 1,
+                 "expected a torch.Tensor, got ", type_name(object));
+  torch.table ? load_from_table(object) : load_from_attributes(object);
+}
+
+void TensorView::load_from_table(py::handle object) {
+  dlpack::Tensor view;
+  if (torch_in_use().table->view_of_object(object.ptr(), &view) != 0) {
+    PyErr_Clear();
+    T2P_CHECK_TYPE(false, "cannot read the memory of a ", type_name(object));
+  }
+  T2P_CHECK(view.ndim <= kMaxDims, "a tensor of ", view.ndim, " dimensions is not supported");
+  data_ = static_cast<char*>(view.data) + view.byte_offset;
+  device_ = view.device;
+  dtype_ = view.dtype;
+  ndim_ = view.ndim;
+  for (int i = 0; i < ndim_; ++i) {
+    shape_[i] = view.shape[i];
+    strides_[i] = view.strides[i];
+  }
+  T2P_CHECK_TYPE(view.data != nullptr || count() == 0, "cannot read the memory of a ",
+                 type_name(object), ": it has none of its own");
+}
+
+void TensorView::load_from_attributes(py::handle object) {
+  const auto shape = py::cast<py::tuple>(object.attr("shape"));
+  const auto strides = py::cast<py::tuple>(object.attr("stride")());
+  T2P_CHECK(shape.size() <= kMaxDims, "a tensor of ", shape.size(), " dimensions is not supported");
+  ndim_ = static_cast<int>(shape.size());
+  for (int i = 0; i < ndim_; ++i) {
+    shape_[i] = py::cast<std::int64_t>(shape[i]);
+    strides_[i] = py::cast<std::int64_t>(strides[i]);
+  }
+  const py::object device = object.attr("device");
+  const auto kind = py::cast<std::string>(device.attr("type"));
+  T2P_CHECK(kind == "cpu" || kind == "cuda", "a tensor on ", kind, " is not supported");
+  device_.type = kind == "cuda" ? dlpack::kCuda : dlpack::kCpu;
+  device_.id = kind == "cuda" ? py::cast<std::int32_t>(device.attr("index")) : 0;
+  dtype_ = parse_dtype(py::cast<std::string>(py::str(object.attr("dtype"))));
+  try {
+    data_ = reinterpret_cast<void*>(py::cast<std::uintptr_t>(object.attr("data_ptr")()));
+  } catch (py::error_already_set&) {
+    data_ = nullptr;  // a FakeTensor raises
+  }
+  T2P_CHECK_TYPE(data_ != nullptr || count() == 0, "cannot read the memory of a ",
+                 type_name(object), ": it has none of its own");
+}
+
+bool TensorView::contiguous() const {
+  std::int64_t expected = 1;
+  for (int i = ndim_ - 1; i >= 0; --i) {
+    if (shape_[i] != 1 && strides_[i] != expected) return count() == 0;
+    expected *= shape_[i];
+  }
+  return true;
+}
+
+std::string TensorView::shape_text() const {
+  std::string text = "[";
+  for (int i = 0; i < ndim_; ++i) text += (i ? ", " : "") + std::to_string(shape_[i]);
+  return text + "]";
+}
+
+std::string TensorView::dtype_text() const {
+  const char* kind = dtype_.code == dlpack::kFloat    ? "float"
+                     : dtype_.code == dlpack::kBfloat ? "bfloat"
+                     : dtype_.code == dlpack::kInt    ? "int"
+                     : dtype_.code == dlpack::kUInt   ? "uint"
+                     : dtype_.code == dlpack::kBool   ? "bool"
+                                                      : "dtype of bits ";
+  return dtype_.code == dlpack::kBool ? kind : kind + std::to_string(dtype_.bits);
+}
+
+std::string TensorView::device_text() const {
+  return on_cuda() ? "cuda:" + std::to_string(device_.id) : "cpu";
+}
+
+void* current_stream(const TensorView& tensor) {
+  const Torch& torch = torch_in_use();
+  if (torch.table) {
+    void* stream = nullptr;
+    const dlpack::Device device = tensor.device();
+    if (torch.table->current_stream(device.type, device.id, &stream) != 0) {
+      throw py::error_already_set();
+    }
+    return stream;
+  }
+  const py::object stream = torch.cuda.attr("current_stream")(tensor.device().id);
+  return reinterpret_cast<void*>(py::cast<std::uintptr_t>(stream.attr("cuda_stream")));
+}
+
+void check_float32(const char* op, const char* name, const TensorView& tensor) {
+  T2P_CHECK_TYPE(tensor.is_float32(), op, ": ", name, " must be float32, got ",
+                 tensor.dtype_text());
+}
+
+void check_int64(const char* op, const char* name, const TensorView& tensor) {
+  T2P_CHECK_TYPE(tensor.is_int64(), op, ": ", name, " must be int64, got ", tensor.dtype_text());
+}
+
+void check_contiguous(const char* op, const char* name, const TensorView& tensor) {
+  T2P_CHECK(tensor.contiguous(), op, ": ", name, " of shape ", tensor.shape_text(),
+            " must be contiguous");
+}
+
+void check_same_device(const char* op, const char* name, const TensorView& tensor,
+                       const char* other_name, const TensorView& other) {
+  T2P_CHECK(tensor.device().type == other.device().type && tensor.device().id == other.device().id,
+            op, ": ", name, " is on ", tensor.device_text(), " but ", other_name, " is on ",
+            other.device_text());
+}
+
+}  // namespace t2p

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#include "common/check.h"
+#include "common/isa.h"
+
+#if T2P_X86
+#include <cpuid.h>
+#endif
+
+namespace t2p {
+namespace {
+
+#if T2P_X86
+// XCR0: the register files that the operating system saves on a context switch. A processor may
+// have AVX-512 while its system, or its hypervisor, does not.
+std::uint64_t saved_register_files() {
+  std::uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (std::uint64_t{high} << 32) | low;
+}
+
+Isa detect() {
+  constexpr std::uint32_t kFma = 1u << 12, kOsxsave = 1u << 27;                  // leaf 1, ecx
+  constexpr std::uint32_t kAvx2 = 1u << 5;                                       // leaf 7, ebx
+  constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
+  constexpr std::uint64_t kYmmSaved = 0x6, kZmmSaved = 0xe6;
+
+  std::uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
+  if (!(ecx & kFma) || !(ecx & kOsxsave)) return Isa::kScalar;
+  const std::uint64_t saved = saved_register_files();
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
+  if ((saved & kYmmSaved) != kYmmSaved || !(ebx & kAvx2)) return Isa::kScalar;
+  if ((saved & kZmmSaved) != kZmmSaved || (ebx & kAvx512) != kAvx512) return Isa::kAvx2;
+  return Isa::kAvx512;
+}
+#else
+Isa detect() { return Isa::kScalar; }
+#endif
+
+Isa choose() {
+  const char* wanted = std::getenv("T2P_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best_isa();
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::string_view(wanted) != isa_name(isa)) continue;
+    T2P_CHECK(isa <= best_isa(), "T2P_ISA=", wanted, " but this machine supports at most ",
+              isa_name(best_isa()));
+    return isa;
+  }
+  T2P_CHECK(false, "T2P_ISA=", wanted, " is not one of scalar, avx2, avx512");
+  return Isa::kScalar;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "scalar";
+  }
+}
+
+Isa best_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa chosen_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace t2p

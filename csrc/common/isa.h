@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Instruction sets: which one a translation unit is compiled for, and which one runs.
+//
+// A kernel's body, <op>-inl.h, is compiled once per ISA inside a namespace of that ISA's name. Code
+// built with other flags is then never merged by the linker. For the same reason such a body calls
+// no function template of the standard library that could be emitted out of line.
+#pragma once
+
+#if defined(__AVX512F__)
+#define T2P_ISA_NAMESPACE avx512
+#elif defined(__AVX2__)
+#define T2P_ISA_NAMESPACE avx2
+#else
+#define T2P_ISA_NAMESPACE scalar
+#endif
+
+#if defined(__x86_64__)
+#define T2P_X86 1
+#else
+#define T2P_X86 0
+#endif
+
+#define T2P_INLINE inline __attribute__((always_inline))
+
+namespace t2p {
+
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+const char* isa_name(Isa isa);
+
+// The best level that the processor and the operating system support.
+Isa best_isa();
+
+// best_isa(), or the level that the environment variable T2P_ISA asks for, read once. Throws
+// std::invalid_argument when T2P_ISA is not a level or the machine lacks it.
+Isa chosen_isa();
+
+}  // namespace t2p
+
+// The one dispatch helper. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels or
+// avx512::kKernels of the enclosing namespace.
+#if T2P_X86
+#define T2P_DISPATCH(name)                              \
+  (::t2p::chosen_isa() == ::t2p::Isa::kAvx512 ? avx512::name \
+   : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2 ? avx2::name   \
+                                              : scalar::name)
+#else
+#define T2P_DISPATCH(name) ((void)::t2p::chosen_isa(), scalar::name)
+#endif

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// A small vector type, in the form of the instruction set this file is compiled for: F32 holds
+// kLanes floats, I32 as many int32, F64 half as many doubles, M32 one truth value per lane.
+// Kernels written on it know no intrinsic. The scalar form is four lanes of compiler vectors, which
+// any processor's baseline (SSE2, NEON) carries.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+#if T2P_X86
+#include <immintrin.h>
+#endif
+
+namespace t2p::simd::T2P_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+constexpr bool kFusedMultiplyAdd = true;
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+struct F64 {
+  __m512d v;
+};
+struct M32 {
+  __mmask16 v;
+};
+
+T2P_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+T2P_INLINE I32 load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+T2P_INLINE F64 load_f64(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+T2P_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
+T2P_INLINE I32 broadcast(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
+T2P_INLINE F64 broadcast(double a) { return {_mm512_set1_pd(a)}; }
+
+T2P_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+T2P_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+T2P_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+T2P_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+T2P_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) {
+  return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+}
+T2P_INLINE F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+T2P_INLINE F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+T2P_INLINE M32 less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+T2P_INLINE M32 not_greater(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGT_UQ)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
+T2P_INLINE std::uint32_t bits(M32 m) { return m.v; }
+
+T2P_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
+T2P_INLINE double reduce_add(F64 a) { return _mm512_reduce_add_pd(a.v); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+constexpr bool kFusedMultiplyAdd = true;
+
+struct F32 {
+  __m256 v;
+};
+struct I32 {
+  __m256i v;
+};
+struct F64 {
+  __m256d v;
+};
+struct M32 {
+  __m256 v;
+};
+
+T2P_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+T2P_INLINE I32 load(const std::int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+T2P_INLINE F64 load_f64(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+T2P_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+T2P_INLINE void store(std::int32_t* p, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
+T2P_INLINE F32 broadcast(float a) { return {_mm256_set1_ps(a)}; }
+T2P_INLINE I32 broadcast(std::int32_t a) { return {_mm256_set1_epi32(a)}; }
+T2P_INLINE F64 broadcast(double a) { return {_mm256_set1_pd(a)}; }
+
+T2P_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+T2P_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+T2P_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+T2P_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+T2P_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) {
+  return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+}
+T2P_INLINE F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+T2P_INLINE F64 sub(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
+T2P_INLINE M32 less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+T2P_INLINE M32 not_greater(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NGT_UQ)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) {
+  return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))};
+}
+T2P_INLINE std::uint32_t bits(M32 m) { return static_cast<std::uint32_t>(_mm256_movemask_ps(m.v)); }
+
+T2P_INLINE float reduce_min(F32 a) {
+  __m128 m = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_min_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+T2P_INLINE double reduce_add(F64 a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+#else
+
+constexpr int kLanes = 4;
+constexpr bool kFusedMultiplyAdd = false;
+
+struct F32 {
+  typedef float type __attribute__((vector_size(16)));
+  type v;
+};
+struct I32 {
+  typedef std::int32_t type __attribute__((vector_size(16)));
+  type v;
+};
+struct F64 {
+  typedef double type __attribute__((vector_size(16)));
+  type v;
+};
+struct M32 {
+  I32::type v;
+};
+
+T2P_INLINE F32 load(const float* p) {
+  F32 a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
+}
+T2P_INLINE I32 load(const std::int32_t* p) {
+  I32 a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
+}
+T2P_INLINE F64 load_f64(const float* p) { return {F64::type{p[0], p[1]}}; }
+T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+T2P_INLINE F32 broadcast(float a) { return {F32::type{a, a, a, a}}; }
+T2P_INLINE I32 broadcast(std::int32_t a) { return {I32::type{a, a, a, a}}; }
+T2P_INLINE F64 broadcast(double a) { return {F64::type{a, a}}; }
+
+T2P_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
+T2P_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+T2P_INLINE F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
+T2P_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+T2P_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
+T2P_INLINE F64 add(F64 a, F64 b) { return {a.v + b.v}; }
+T2P_INLINE F64 sub(F64 a, F64 b) { return {a.v - b.v}; }
+T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {a.v * b.v + c.v}; }
+
+T2P_INLINE M32 less(F32 a, F32 b) { return {a.v < b.v}; }
+T2P_INLINE M32 not_greater(F32 a, F32 b) { return {~(a.v > b.v)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) { return {m.v ? a.v : b.v}; }
+T2P_INLINE std::uint32_t bits(M32 m) {
+  return (m.v[0] & 1u) | (m.v[1] & 2u) | (m.v[2] & 4u) | (m.v[3] & 8u);
+}
+
+T2P_INLINE float reduce_min(F32 a) {
+  const float low = a.v[0] < a.v[1] ? a.v[0] : a.v[1];
+  const float high = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
+  return low < high ? low : high;
+}
+T2P_INLINE double reduce_add(F64 a) { return a.v[0] + a.v[1]; }
+
+#endif
+
+}  // namespace t2p::simd::T2P_ISA_NAMESPACE

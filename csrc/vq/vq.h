@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vector quantisation: the nearest code of a codebook for every row, and sums of rows by code.
+//
+// Rows live in a tensor [outer, d, inner] of any strides, so that a matrix [n, d] (outer = n), a
+// batch of sequences and an image [b, d, h, w] (outer = b, inner = h w) are read where they lie.
+// Row r is (r / inner, :, r % inner); there are n = outer * inner of them.
+#pragma once
+
+#include <cstdint>
+
+namespace t2p::vq {
+
+template <class T>
+struct Rows {
+  T* data;
+  std::int64_t outer, d, inner;
+  std::int64_t outer_stride, channel_stride, inner_stride;  // in elements
+
+  std::int64_t count() const { return outer * inner; }
+  T* row(std::int64_t r) const {
+    return data + (r / inner) * outer_stride + (r % inner) * inner_stride;
+  }
+};
+
+// The nearest code by squared L2 distance. The index is that of the smallest distance in float64,
+// the lowest one on ties, and `distance` is that float64 distance rounded to float32. A row with a
+// NaN or an infinity gets index 0 and distance NaN. A code with one is never chosen unless there is
+// no other; then the index is 0 and the distance infinite.
+void nearest_cpu(const Rows<const float>& x,
+                 const float* codebook,  // [k, d]
+                 std::int64_t k, int threads,
+                 std::int64_t* indices,  // [n]
+                 float* distance);       // [n]
+
+// out[r] = codebook[indices[r]]; an index outside [0, k) throws std::out_of_range.
+void lookup_cpu(const std::int64_t* indices,  // [n]
+                const float* codebook,        // [k, d]
+                std::int64_t k, int threads, const Rows<float>& out);
+
+// counts[j] = number of rows with index j, sums[j] = their sum, added up in float64 in the order of
+// the rows: the same bits for any number of threads.
+void accumulate_cpu(const Rows<const float>& x,
+                    const std::int64_t* indices,  // [n], each in [0, k)
+                    std::int64_t k, int threads,
+                    float* counts,  // [k]
+                    float* sums);   // [k, d]
+
+}  // namespace t2p::vq

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and conversions of arguments that several ops share."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_choice", "normalize_dim", "under_autocast"]
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        supported = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{op}: {name}={value!r} is not supported; supported: {supported}")
+
+
+def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:
+    """`dim` counted from the front, for a tensor of `ndim` dimensions."""
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{op}: {name}={dim} is out of range for {ndim} dimensions")
+    return dim % ndim
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32 where autocast is on; unchanged where it is off."""
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return tuple(t.float() if t.is_floating_point() else t for t in tensors)
+    return tensors
