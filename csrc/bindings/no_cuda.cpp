@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled in place of the CUDA kernels where there is no CUDA compiler: every launcher says so.
+#include <stdexcept>
+
+#include "vq/vq.h"
+
+namespace t2p {
+namespace {
+
+[[noreturn]] void built_without_cuda(const char* op) {
+  throw std::runtime_error(
+      std::string(op) +
+      ": t2p_fast was built without CUDA; install nvcc and reinstall with "
+      "`pip install -C cmake.define.T2P_CUDA=ON t2p-fast`, or use CPU tensors");
+}
+
+}  // namespace
+
+namespace vq {
+
+void nearest_cuda(const Rows<const float>&, const float*, std::int64_t, int, void*, float*,
+                  std::int64_t*, float*) {
+  built_without_cuda("vq_nearest");
+}
+std::int64_t workspace_size(std::int64_t, std::int64_t, std::int64_t) { return 0; }
+void lookup_cuda(const std::int64_t*, const float*, std::int64_t, int, void*, const Rows<float>&) {
+  built_without_cuda("vq_lookup");
+}
+void accumulate_cuda(const Rows<const float>&, const std::int64_t*, const std::int64_t*,
+                     std::int64_t, int, void*, float*, float*) {
+  built_without_cuda("vq_accumulate");
+}
+void total_cuda(const float*, std::int64_t, double, int, void*, float*) {
+  built_without_cuda("vq_quantize");
+}
+
+}  // namespace vq
+}  // namespace t2p

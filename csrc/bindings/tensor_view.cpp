@@ -63,8 +63,9 @@ const char* tensor_road() { return torch_in_use().table ? "dlpack" : "attributes
 
 TensorView::TensorView(py::handle object) {
   const Torch& torch = torch_in_use();
-  T2P_CHECK_TYPE(torch.tensor_type && PyObject_IsInstance(object.ptr(), torch.tensor_type.ptr()) == 1,
-                 "expected a torch.Tensor, got ", type_name(object));
+  T2P_CHECK_TYPE(
+      torch.tensor_type && PyObject_IsInstance(object.ptr(), torch.tensor_type.ptr()) == 1,
+      "expected a torch.Tensor, got ", type_name(object));
   torch.table ? load_from_table(object) : load_from_attributes(object);
 }
 

@@ -38,10 +38,10 @@ struct Version {
 
 struct ExchangeApi {
   Version version;
-  ExchangeApi* previous;      // an older table, or null
-  void* allocate;             // not used here
-  void* managed_from_object;  // not used here
-  void* managed_to_object;    // not used here
+  ExchangeApi* previous;                                // an older table, or null
+  void* allocate;                                       // not used here
+  void* managed_from_object;                            // not used here
+  void* managed_to_object;                              // not used here
   int (*view_of_object)(void* py_object, Tensor* out);  // 0, or -1 with a Python error set
   int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };

@@ -40,7 +40,7 @@ Isa chosen_isa();
 // The one dispatch helper. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels or
 // avx512::kKernels of the enclosing namespace.
 #if T2P_X86
-#define T2P_DISPATCH(name)                              \
+#define T2P_DISPATCH(name)                                   \
   (::t2p::chosen_isa() == ::t2p::Isa::kAvx512 ? avx512::name \
    : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2 ? avx2::name   \
                                               : scalar::name)

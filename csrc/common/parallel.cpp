@@ -20,7 +20,7 @@ thread_local bool inside_task = false;
 struct Job {
   TaskRef body;
   std::int64_t tasks;
-  std::int64_t seats;  // workers that may still join; guarded by the pool's mutex
+  std::int64_t seats;       // workers that may still join; guarded by the pool's mutex
   std::int64_t active = 0;  // workers inside; guarded by the pool's mutex
   std::atomic<std::int64_t> next{0};
   std::atomic<bool> failed{false};
@@ -78,7 +78,8 @@ class Pool {
   void work() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      const auto open = std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->seats > 0; });
+      const auto open =
+          std::find_if(jobs_.begin(), jobs_.end(), [](Job* j) { return j->seats > 0; });
       if (open == jobs_.end()) {
         work_.wait(lock);
         continue;

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // A small vector type, in the form of the instruction set this file is compiled for: F32 holds
 // kLanes floats, I32 as many int32, F64 half as many doubles, M32 one truth value per lane.
-// Kernels written on it know no intrinsic. The scalar form is four lanes of compiler vectors, which
+// Kernels written on it know no intrinsic. load_first reads `count` elements, at most a vector's,
+// and fills the rest with zeros; it touches no memory behind them. load_quads puts p[0..3],
+// p[stride..stride + 3], ... side by side, and transpose_quads exchanges, in every quad of lanes,
+// vector and lane: together they transpose a matrix of kLanes rows four columns at a time.
+//
+// The scalar form is four lanes of compiler vectors, which
 // any processor's baseline (SSE2, NEON) carries.
 #pragma once
 
@@ -35,7 +40,13 @@ struct M32 {
 
 T2P_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 T2P_INLINE I32 load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+T2P_INLINE F32 load_first(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+}
 T2P_INLINE F64 load_f64(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+T2P_INLINE F64 load_f64_first(const float* p, int count) {
+  return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), p))};
+}
 T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 T2P_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
@@ -57,11 +68,33 @@ T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, 
 
 T2P_INLINE M32 less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 T2P_INLINE M32 not_greater(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGT_UQ)}; }
-T2P_INLINE I32 select(M32 m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) {
+  __m512i v = _mm512_mask_mov_epi32(b.v, m.v, a.v);
+  // Else `p = select(m, a, p)` in memory becomes a masked store, which Zen 4 runs in microcode.
+  __asm__("" : "+v"(v));
+  return {v};
+}
 T2P_INLINE std::uint32_t bits(M32 m) { return m.v; }
 
 T2P_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
+T2P_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 T2P_INLINE double reduce_add(F64 a) { return _mm512_reduce_add_pd(a.v); }
+
+T2P_INLINE F32 load_quads(const float* p, std::int64_t stride) {
+  const __m256 low = _mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p));
+  const __m256 high = _mm256_set_m128(_mm_loadu_ps(p + 3 * stride), _mm_loadu_ps(p + 2 * stride));
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+}
+T2P_INLINE void transpose_quads(F32 (&a)[4]) {
+  const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[0].v, a[1].v));
+  const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[2].v, a[3].v));
+  const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[2].v, a[3].v));
+  a[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+  a[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+  a[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+  a[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
+}
 
 #elif defined(__AVX2__)
 
@@ -85,7 +118,15 @@ T2P_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 T2P_INLINE I32 load(const std::int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
+T2P_INLINE F32 load_first(const float* p, int count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane))};
+}
 T2P_INLINE F64 load_f64(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+T2P_INLINE F64 load_f64_first(const float* p, int count) {
+  const __m128i lane = _mm_setr_epi32(0, 1, 2, 3);
+  return {_mm256_cvtps_pd(_mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(count), lane)))};
+}
 T2P_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
@@ -119,9 +160,28 @@ T2P_INLINE float reduce_min(F32 a) {
   m = _mm_min_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_min_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
+T2P_INLINE float reduce_add(F32 a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
 T2P_INLINE double reduce_add(F64 a) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+T2P_INLINE F32 load_quads(const float* p, std::int64_t stride) {
+  return {_mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p))};
+}
+T2P_INLINE void transpose_quads(F32 (&a)[4]) {
+  const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a[0].v, a[1].v));
+  const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a[0].v, a[1].v));
+  const __m256d cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(a[2].v, a[3].v));
+  const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(a[2].v, a[3].v));
+  a[0].v = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
+  a[1].v = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
+  a[2].v = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
+  a[3].v = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
 }
 
 #else
@@ -155,7 +215,15 @@ T2P_INLINE I32 load(const std::int32_t* p) {
   __builtin_memcpy(&a, p, sizeof(a));
   return a;
 }
+T2P_INLINE F32 load_first(const float* p, int count) {
+  F32 a{};
+  for (int i = 0; i < count; ++i) a.v[i] = p[i];
+  return a;
+}
 T2P_INLINE F64 load_f64(const float* p) { return {F64::type{p[0], p[1]}}; }
+T2P_INLINE F64 load_f64_first(const float* p, int count) {
+  return {F64::type{count > 0 ? p[0] : 0.0, count > 1 ? p[1] : 0.0}};
+}
 T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE F32 broadcast(float a) { return {F32::type{a, a, a, a}}; }
@@ -185,7 +253,14 @@ T2P_INLINE float reduce_min(F32 a) {
   const float high = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
   return low < high ? low : high;
 }
+T2P_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 T2P_INLINE double reduce_add(F64 a) { return a.v[0] + a.v[1]; }
+
+T2P_INLINE F32 load_quads(const float* p, std::int64_t) { return load(p); }
+T2P_INLINE void transpose_quads(F32 (&a)[4]) {
+  const F32::type row[4] = {a[0].v, a[1].v, a[2].v, a[3].v};
+  for (int i = 0; i < 4; ++i) a[i].v = F32::type{row[0][i], row[1][i], row[2][i], row[3][i]};
+}
 
 #endif
 

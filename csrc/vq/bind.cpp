@@ -12,8 +12,8 @@ namespace {
 template <class T>
 Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
   check_float32(op, name, tensor);
-  T2P_CHECK(tensor.ndim() == 3, op, ": ", name, " must be [outer, d, inner], got ",
-            tensor.shape_text());
+  T2P_CHECK(tensor.ndim() == 3 && tensor.size(1) > 0, op, ": ", name,
+            " must be [outer, d >= 1, inner], got ", tensor.shape_text());
   return {.data = tensor.data<T>(),
           .outer = tensor.size(0),
           .d = tensor.size(1),
@@ -26,28 +26,40 @@ Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
 void check_codebook(const char* op, const TensorView& codebook, std::int64_t d) {
   check_float32(op, "codebook", codebook);
   check_contiguous(op, "codebook", codebook);
-  T2P_CHECK(codebook.ndim() == 2 && codebook.size(0) > 0 && codebook.size(1) == d, op,
-            ": codebook is ", codebook.shape_text(), " but [k >= 1, ", d, "] is wanted");
+  T2P_CHECK(codebook.ndim() == 2, op, ": codebook must be [k, d], got ", codebook.shape_text());
+  T2P_CHECK(codebook.size(0) > 0, op, ": codebook is ", codebook.shape_text(), ", it has no codes");
+  T2P_CHECK(codebook.size(1) == d, op, ": x has ", d, " channels but codebook is ",
+            codebook.shape_text());
 }
 
-void check_indices(const char* op, const TensorView& indices, std::int64_t n) {
-  check_int64(op, "indices", indices);
-  check_contiguous(op, "indices", indices);
-  T2P_CHECK(indices.count() == n, op, ": ", n, " rows but indices of shape ", indices.shape_text());
+// A contiguous tensor of `count` elements.
+template <class T>
+T* array(const char* op, const char* name, const TensorView& tensor, std::int64_t count) {
+  std::is_same_v<std::remove_const_t<T>, float> ? check_float32(op, name, tensor)
+                                                : check_int64(op, name, tensor);
+  check_contiguous(op, name, tensor);
+  T2P_CHECK(tensor.count() == count, op, ": ", name, " must have ", count,
+            " elements, got a shape of ", tensor.shape_text());
+  return tensor.data<T>();
 }
 
-void nearest(const TensorView& x, const TensorView& codebook, const TensorView& indices,
-             const TensorView& distance, int threads) {
+void nearest(const TensorView& x, const TensorView& codebook, const TensorView& workspace,
+             const TensorView& indices, const TensorView& distance, int threads) {
   constexpr const char* kOp = "vq_nearest";
   const auto from = rows<const float>(kOp, "x", x);
   check_codebook(kOp, codebook, from.d);
   check_same_device(kOp, "codebook", codebook, "x", x);
-  check_indices(kOp, indices, from.count());
-  check_float32(kOp, "distance", distance);
-  check_contiguous(kOp, "distance", distance);
+  const std::int64_t n = from.count(), k = codebook.size(0);
+  const auto* codes = codebook.data<const float>();
+  auto* index = array<std::int64_t>(kOp, "indices", indices, n);
+  auto* to = array<float>(kOp, "distance", distance, n);
+  if (x.on_cuda()) {
+    auto* work = array<float>(kOp, "workspace", workspace, workspace_size(n, k, from.d));
+    nearest_cuda(from, codes, k, x.device().id, current_stream(x), work, index, to);
+    return;
+  }
   py::gil_scoped_release nogil;
-  nearest_cpu(from, codebook.data<const float>(), codebook.size(0), threads,
-              indices.data<std::int64_t>(), distance.data<float>());
+  nearest_cpu(from, codes, k, threads, index, to);
 }
 
 void lookup(const TensorView& indices, const TensorView& codebook, const TensorView& out,
@@ -55,32 +67,69 @@ void lookup(const TensorView& indices, const TensorView& codebook, const TensorV
   constexpr const char* kOp = "vq_lookup";
   const auto to = rows<float>(kOp, "out", out);
   check_codebook(kOp, codebook, to.d);
-  check_indices(kOp, indices, to.count());
   check_same_device(kOp, "codebook", codebook, "indices", indices);
+  const auto* index = array<const std::int64_t>(kOp, "indices", indices, to.count());
+  const auto* codes = codebook.data<const float>();
+  const std::int64_t k = codebook.size(0);
+  if (indices.on_cuda()) {
+    lookup_cuda(index, codes, k, indices.device().id, current_stream(indices), to);
+    return;
+  }
   py::gil_scoped_release nogil;
-  lookup_cpu(indices.data<const std::int64_t>(), codebook.data<const float>(), codebook.size(0),
-             threads, to);
+  lookup_cpu(index, codes, k, threads, to);
 }
 
 void accumulate(const TensorView& x, const TensorView& indices, const TensorView& counts,
                 const TensorView& sums, int threads) {
   constexpr const char* kOp = "vq_accumulate";
   const auto from = rows<const float>(kOp, "x", x);
-  check_indices(kOp, indices, from.count());
+  check_same_device(kOp, "indices", indices, "x", x);
+  const std::int64_t k = counts.count();
+  const auto* index = array<const std::int64_t>(kOp, "indices", indices, from.count());
+  auto* count = array<float>(kOp, "counts", counts, k);
+  auto* sum = array<float>(kOp, "sums", sums, k * from.d);
   py::gil_scoped_release nogil;
-  accumulate_cpu(from, indices.data<const std::int64_t>(), counts.size(0), threads,
-                 counts.data<float>(), sums.data<float>());
+  accumulate_cpu(from, index, k, threads, count, sum);
+}
+
+void accumulate_sorted(const TensorView& x, const TensorView& order, const TensorView& begin,
+                       const TensorView& counts, const TensorView& sums) {
+  constexpr const char* kOp = "vq_accumulate";
+  const auto from = rows<const float>(kOp, "x", x);
+  check_same_device(kOp, "indices", order, "x", x);
+  const std::int64_t k = counts.count();
+  accumulate_cuda(from, array<const std::int64_t>(kOp, "order", order, from.count()),
+                  array<const std::int64_t>(kOp, "begin", begin, k + 1), k, x.device().id,
+                  current_stream(x), array<float>(kOp, "counts", counts, k),
+                  array<float>(kOp, "sums", sums, k * from.d));
+}
+
+void total(const TensorView& distance, double scale, const TensorView& total) {
+  constexpr const char* kOp = "vq_quantize";
+  const std::int64_t n = distance.count();
+  const auto* from = array<const float>(kOp, "distance", distance, n);
+  auto* to = array<float>(kOp, "total", total, 1);
+  if (distance.on_cuda()) {
+    total_cuda(from, n, scale, distance.device().id, current_stream(distance), to);
+    return;
+  }
+  py::gil_scoped_release nogil;
+  total_cpu(from, n, scale, to);
 }
 
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("indices"),
-        py::arg("distance"), py::arg("threads"));
+  m.def("vq_workspace_size", &workspace_size, py::arg("n"), py::arg("k"), py::arg("d"));
+  m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("workspace"),
+        py::arg("indices"), py::arg("distance"), py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),
         py::arg("threads"));
   m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("counts"),
         py::arg("sums"), py::arg("threads"));
+  m.def("vq_accumulate_sorted", &accumulate_sorted, py::arg("x"), py::arg("order"),
+        py::arg("begin"), py::arg("counts"), py::arg("sums"));
+  m.def("vq_total", &total, py::arg("distance"), py::arg("scale"), py::arg("total"));
 }
 
 }  // namespace t2p::vq

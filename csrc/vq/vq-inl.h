@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search of one block of rows among the codes, for one instruction set. Included once per ISA.
+// The search of a block of rows among the codes, for one instruction set. Included once per ISA.
 //
-// Squared distance orders codes as the score |c|^2/2 - x.c does, and the score of a tile of rows
-// against a panel of codes is a small matrix product held in registers. Its float32 result is only
-// used to discard codes. With S the exact score, s the computed one and E >= |s - S|, the nearest
-// code has s <= min(s) + 2E; the few codes under that threshold are compared by their float64
-// distance. E is proportional to the norms of x and c, so both are centred on the codebook first:
-// far from the origin the threshold would otherwise let every code pass.
+// Squared distance orders codes as the score |c|^2/2 - x.c does, and the scores of a tile of rows
+// against a panel of codes are a small matrix product held in registers. Their float32 values are
+// only used to discard codes. With S the exact score, s the computed one and E >= |s - S|, the
+// nearest code has s <= min(s) + 2E; the few codes under that limit are compared by their float64
+// distance. E grows with the norms of x and c, so both are centred on the codebook first: far from
+// the origin the limit would otherwise let every code pass.
 #include <cstdint>
 
 #include "common/simd.h"
@@ -17,227 +17,366 @@ namespace {
 
 using namespace simd::T2P_ISA_NAMESPACE;
 
-// Rows of a tile and vectors of a panel: kTileRows * kPanelVectors accumulators, one panel's step
-// and one broadcast fill the register file (32 in AVX-512, 16 below).
+// Rows of a tile and vectors of a panel: kTileRows * kPanelVectors sums, one step of a panel and a
+// broadcast fill the register file (32 registers in AVX-512, 16 below).
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kPanelVectors = kLanes == 4 ? 2 : 3;
 constexpr int kPanelCodes = kPanelVectors * kLanes;
+
+// Panels are scanned in groups: minima are first only stored, then merged with a row's state once
+// per group. The panels of a group, and the rows of a block, share the L2 cache (64 and 256 KiB).
+constexpr int kMaxGroup = 8;
+constexpr std::int64_t kGroupFloats = 16 * 1024;
+constexpr std::int64_t kBlockFloats = 64 * 1024;
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
 T2P_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-bool all_finite(const float* p, std::int64_t stride, std::int64_t d) {
+T2P_INLINE std::int64_t group_size(std::int64_t d) {
+  const std::int64_t fitting = kGroupFloats / (d * kPanelCodes + 1);
+  return fitting < 1 ? 1 : smaller(fitting, kMaxGroup);
+}
+
+// A vector's padding behind every row; and no power of two between rows, which would crowd the few
+// places that the cache has for such addresses.
+T2P_INLINE std::int64_t row_stride(std::int64_t d) { return (d / kLanes + 2) * kLanes; }
+
+std::int64_t block_rows(std::int64_t d) {
+  const std::int64_t fitting = kBlockFloats / d;
+  return fitting < 64 || d < 32 ? 64 : smaller(fitting / kTileRows * kTileRows, kMaxBlockRows);
+}
+
+std::int64_t scratch_size(std::int64_t d) {
+  return (block_rows(d) + 2 * kTileRows + 1) * row_stride(d) +
+         group_size(d) * (d + 1) * kPanelCodes;
+}
+
+bool all_finite(const float* p, std::int64_t d) {
   for (std::int64_t t = 0; t < d; ++t) {
-    if (!__builtin_isfinite(p[t * stride])) return false;
+    if (!__builtin_isfinite(p[t])) return false;
   }
   return true;
 }
 
-// sum over t of (a[t] - b[t])^2
-double distance64(const float* a, const float* b, std::int64_t d) {
-  constexpr int kStep = kLanes / 2;
-  F64 even = broadcast(0.0), odd = broadcast(0.0);
-  std::int64_t t = 0;
-  for (; t + 2 * kStep <= d; t += 2 * kStep) {
-    const F64 u = sub(load_f64(a + t), load_f64(b + t));
-    const F64 v = sub(load_f64(a + t + kStep), load_f64(b + t + kStep));
-    even = multiply_add(u, u, even);
-    odd = multiply_add(v, v, odd);
-  }
-  double sum = reduce_add(add(even, odd));
-  for (; t < d; ++t) {
-    const double u = static_cast<double>(a[t]) - b[t];
-    sum += u * u;
-  }
-  return sum;
-}
-
-// Bound on 2 |s - S| for a row of centred norm `x` and codes of centred norm at most `radius`.
-// d products and sums err by at most (d + ..) u |x| |c|, the halved norm that the sum starts from
-// and the centring of both by a few u more (u = 2^-24; without FMA a product rounds as well). The
-// last term covers results below the normal range, flushed to zero or not.
+// A bound on 2 |s - S| for a row of centred norm `x` and codes of centred norm at most `radius`.
+// The sum of d products errs by at most d u (|x| |c| + |c|^2 / 2), u = 2^-24, or twice that without
+// FMA; the halved norm it starts from by d u |c|^2 / 2; centring by a few u more. The last term
+// covers results below the normal range, whether they are flushed to zero or not.
 float twice_error_bound(float x, float radius, std::int64_t d) {
   const float steps = static_cast<float>((kFusedMultiplyAdd ? 1 : 2) * d + 16);
   const float relative = steps * 0x1p-24f;
-  if (relative > 0.5f) return kInfinity;
+  if (relative > 0.25f) return kInfinity;
   return 2.1f / (1 - relative) * relative * (radius * (x + radius)) +
          4 * steps * kSmallestNormal * (1 + x + radius);
 }
 
-// The norm of which `squares` is the computed square: never too small, whatever was rounded.
-float norm_from_squares(float squares, std::int64_t d) {
+// An upper bound of the norm whose square was computed as `squares`.
+float norm_bound(float squares, std::int64_t d) {
   return 1.001f * __builtin_sqrtf(squares + static_cast<float>(d) * kSmallestNormal);
 }
 
-using Accumulators = F32[kTileRows][kPanelVectors];
+// out[v] = sum over t of (x[t] - codes[v][t])^2. The order of the sum does not depend on kCodes:
+// equal codes are at equal distances, wherever they are compared.
+template <int kCodes>
+T2P_INLINE void distance64(const float* x, const float* const (&codes)[kCodes], std::int64_t d,
+                           double (&out)[kCodes]) {
+  constexpr int kStep = kLanes / 2;
+  F64 sums[kCodes];
+  for (F64& sum : sums) sum = broadcast(0.0);
+  std::int64_t t = 0;
+  for (; t + kStep <= d; t += kStep) {
+    const F64 row = load_f64(x + t);
+    for (int v = 0; v < kCodes; ++v) {
+      const F64 difference = sub(row, load_f64(codes[v] + t));
+      sums[v] = multiply_add(difference, difference, sums[v]);
+    }
+  }
+  if (const int left = static_cast<int>(d - t)) {
+    const F64 row = load_f64_first(x + t, left);
+    for (int v = 0; v < kCodes; ++v) {
+      const F64 difference = sub(row, load_f64_first(codes[v] + t, left));
+      sums[v] = multiply_add(difference, difference, sums[v]);
+    }
+  }
+  for (int v = 0; v < kCodes; ++v) out[v] = reduce_add(sums[v]);
+}
 
-// accumulators[m][v] = scores of row m of the tile against the codes of vector v of the panel.
-T2P_INLINE void score_tile(const float* __restrict tile,   // [d, kTileRows]
-                           const float* __restrict panel,  // [d, kPanelCodes]
-                           const float* half_norms,        // [kPanelCodes]
-                           std::int64_t d, Accumulators& accumulators) {
+struct Panel {
+  const float* codes;       // [d, kPanelCodes], centred
+  const float* half_norms;  // [kPanelCodes]
+};
+
+using Scores = F32[kTileRows][kPanelVectors];
+
+// scores[m][v] = those of row m of the tile against the codes of vector v of the panel.
+T2P_INLINE void score_tile(const float* __restrict tile,  // [kTileRows, stride]
+                           std::int64_t stride, const Panel& panel, std::int64_t d,
+                           Scores& scores) {
+  const float* __restrict codes = panel.codes;
 #pragma GCC unroll 8
   for (int m = 0; m < kTileRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) accumulators[m][v] = load(half_norms + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) scores[m][v] = load(panel.half_norms + v * kLanes);
   }
   for (std::int64_t t = 0; t < d; ++t) {
-    F32 codes[kPanelVectors];
+    F32 code[kPanelVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) codes[v] = load(panel + t * kPanelCodes + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) code[v] = load(codes + t * kPanelCodes + v * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < kTileRows; ++m) {
-      const F32 x = broadcast(tile[t * kTileRows + m]);
+      const F32 x = broadcast(tile[m * stride + t]);
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVectors; ++v) {
-        accumulators[m][v] = multiply_subtract_from(x, codes[v], accumulators[m][v]);
+        scores[m][v] = multiply_subtract_from(x, code[v], scores[m][v]);
       }
     }
   }
 }
 
-// What the scan keeps of a row, per lane: the best panel minimum, the second best, the best panel.
-// A panel minimum is over the kPanelVectors codes that share the lane.
+// The kPanelVectors codes of a panel that share a lane compete as one. Of each row and lane the
+// scan keeps the smallest such minimum, the second smallest and the panel of the smallest.
 struct alignas(64) Lanes {
   float best[kLanes];
   float second[kLanes];
   std::int32_t panel[kLanes];
 };
 
-T2P_INLINE void keep_best(const F32 (&scores)[kPanelVectors], I32 panel, Lanes& row) {
-  F32 score = scores[0];
-#pragma GCC unroll 4
-  for (int v = 1; v < kPanelVectors; ++v) score = min(score, scores[v]);
-  const F32 best = load(row.best);
-  store(row.second, min(load(row.second), max(score, best)));
-  store(row.panel, select(less(score, best), panel, load(row.panel)));
-  store(row.best, min(score, best));
+using Minima = float[kMaxGroup][kTileRows][kLanes];
+
+T2P_INLINE void merge_minima(const Minima& minima, int m, std::int64_t first_panel, int count,
+                             Lanes& row) {
+  F32 best = load(row.best), second = load(row.second);
+  I32 panel = load(row.panel);
+  for (int q = 0; q < count; ++q) {
+    const F32 score = load(minima[q][m]);
+    second = min(second, max(score, best));
+    panel = select(less(score, best), broadcast(static_cast<std::int32_t>(first_panel) + q), panel);
+    best = min(score, best);
+  }
+  store(row.best, best);
+  store(row.second, second);
+  store(row.panel, panel);
 }
 
 struct Nearest {
   double distance;
   std::int64_t index;
 
-  void offer(double other, std::int64_t code) {
-    if (other < distance || (other == distance && code < index)) {
-      distance = other;
-      index = code;
-    }
+  T2P_INLINE void offer(double other, std::int64_t code) {
+    const bool better = (other < distance) | ((other == distance) & (code < index));
+    distance = better ? other : distance;
+    index = better ? code : index;
   }
 };
+
+float pack_panel(const float* codes, std::int64_t count, std::int64_t d, const float* center,
+                 float* panel, float* half_norms) {
+  // Places past the last code are filled with it here, and made unreachable below.
+  std::int64_t t = 0;
+  for (; count == kPanelCodes && t + 4 <= d; t += 4) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const float* corner = codes + v * kLanes * d + t;
+      F32 quads[4];
+      for (int i = 0; i < 4; ++i) quads[i] = load_quads(corner + i * d, 4 * d);
+      transpose_quads(quads);
+      for (int i = 0; i < 4; ++i) {
+        store(panel + (t + i) * kPanelCodes + v * kLanes, sub(quads[i], broadcast(center[t + i])));
+      }
+    }
+  }
+  for (std::int64_t j = 0; j < kPanelCodes; ++j) {
+    const float* code = codes + smaller(j, count - 1) * d;
+    for (std::int64_t u = t; u < d; ++u) panel[u * kPanelCodes + j] = code[u] - center[u];
+  }
+  for (int v = 0; v < kPanelVectors; ++v) {
+    F32 squares = broadcast(0.f);
+    for (std::int64_t u = 0; u < d; ++u) {
+      const F32 c = load(panel + u * kPanelCodes + v * kLanes);
+      squares = multiply_add(c, c, squares);
+    }
+    store(half_norms + v * kLanes, mul(squares, broadcast(0.5f)));
+  }
+  float largest = 0;
+  for (std::int64_t j = 0; j < kPanelCodes; ++j) {
+    const bool overflow = !__builtin_isfinite(half_norms[j]);
+    if (j < count && !(overflow && !all_finite(codes + j * d, d))) {
+      largest = overflow ? kInfinity : (half_norms[j] > largest ? half_norms[j] : largest);
+      continue;
+    }
+    // Padding, or a code with a NaN or an infinity: its score is infinite whatever the row.
+    half_norms[j] = kInfinity;
+    for (std::int64_t t = 0; t < d; ++t) panel[t * kPanelCodes + j] = 0;
+  }
+  return largest;
+}
 
 class BlockSearch {
  public:
   BlockSearch(const Codebook& codebook, const Rows<const float>& x, PanelRange panels,
               float* scratch)
-      : codebook_(codebook), x_(x), panels_(panels), d_(codebook.d), tiles_(scratch) {
-    row_ = tiles_ + kBlockRows * d_;
-    retry_ = row_ + d_;
-  }
+      : codebook_(codebook),
+        x_(x),
+        panels_(panels),
+        d_(codebook.d),
+        stride_(row_stride(d_)),
+        rows_(scratch),
+        retry_(rows_ + (block_rows(d_) + kTileRows) * stride_),
+        row_(retry_ + kTileRows * stride_),
+        group_(row_ + stride_),
+        largest_half_norm_(codebook.largest_half_norm) {}
 
   void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
-    pack_rows(first, count);
+    load_rows(first, count);
     scan(count);
-    resolve(first, count);
-    for (std::int64_t i = 0; i < count; ++i) {
-      distance[i] = nearest_[i].distance;
-      indices[i] = nearest_[i].index;
-    }
+    resolve(first, count, distance, indices);
   }
 
  private:
-  // Centres the rows and lays them out as tiles [d, kTileRows]; the last tile is filled with zeros.
-  void pack_rows(std::int64_t first, std::int64_t count) {
-    const std::int64_t stride = x_.channel_stride;
-    for (std::int64_t i = 0; i < kBlockRows && i < count + kTileRows; ++i) {
-      float* tile = tiles_ + (i / kTileRows) * kTileRows * d_ + i % kTileRows;
-      const float* row = i < count ? x_.row(first + i) : nullptr;
-      float squares = 0;
-      for (std::int64_t t = 0; t < d_; ++t) {
-        const float value = row ? row[t * stride] - codebook_.center[t] : 0.f;
-        tile[t * kTileRows] = value;
-        squares += value * value;
+  // Centres the rows; the last tile is filled up with zeros.
+  void load_rows(std::int64_t first, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float* row = contiguous_row(first + i);
+      float* centred = rows_ + i * stride_;
+      F32 squares = broadcast(0.f);
+      for (std::int64_t t = 0; t < d_; t += kLanes) {
+        const int left = static_cast<int>(smaller(kLanes, d_ - t));
+        const F32 value = sub(load_first(row + t, left), load_first(codebook_.center + t, left));
+        squares = multiply_add(value, value, squares);
+        store(centred + t, value);
       }
-      margin_[i] = twice_error_bound(norm_from_squares(squares, d_), codebook_.radius, d_);
-      valid_[i] = row && (__builtin_isfinite(squares) || all_finite(row, stride, d_));
+      squares_[i] = reduce_add(squares);
     }
+    for (std::int64_t i = count * stride_; i < (count + kTileRows - 1) * stride_; ++i) rows_[i] = 0;
   }
 
   void scan(std::int64_t count) {
-    for (std::int64_t i = 0; i < kBlockRows; ++i) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes_[i].best[lane] = lanes_[i].second[lane] = kInfinity;
-        lanes_[i].panel[lane] = 0;
-      }
+    for (std::int64_t i = 0; i < count + kTileRows - 1; ++i) {
+      store(lanes_[i].best, broadcast(kInfinity));
+      store(lanes_[i].second, broadcast(kInfinity));
+      store(lanes_[i].panel, broadcast(static_cast<std::int32_t>(panels_.begin)));
     }
-    for (std::int64_t p = panels_.begin; p < panels_.end; ++p) {
-      const I32 panel = broadcast(static_cast<std::int32_t>(p));
+    const std::int64_t group = group_size(d_);
+    Panel panels[kMaxGroup];
+    Minima minima;
+    for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
+      const int size = static_cast<int>(smaller(group, panels_.end - p));
+      for (int q = 0; q < size; ++q) panels[q] = panel(p + q, q);
       for (std::int64_t i = 0; i < count; i += kTileRows) {
-        Accumulators scores;
-        score_tile(tiles_ + i * d_, codebook_.panels + p * kPanelCodes * d_,
-                   codebook_.half_norms + p * kPanelCodes, d_, scores);
+        for (int q = 0; q < size; ++q) {
+          Scores scores;
+          score_tile(rows_ + i * stride_, stride_, panels[q], d_, scores);
 #pragma GCC unroll 8
-        for (int m = 0; m < kTileRows; ++m) keep_best(scores[m], panel, lanes_[i + m]);
+          for (int m = 0; m < kTileRows; ++m) {
+            F32 least = scores[m][0];
+#pragma GCC unroll 4
+            for (int v = 1; v < kPanelVectors; ++v) least = min(least, scores[m][v]);
+            store(minima[q][m], least);
+          }
+        }
+        for (int m = 0; m < kTileRows; ++m) merge_minima(minima, m, p, size, lanes_[i + m]);
       }
     }
   }
 
   // Compares by float64 distance the codes that the scan could not discard. Where a lane's second
-  // best panel is among them, which they are is not known: those rows are scored once more.
-  void resolve(std::int64_t first, std::int64_t count) {
-    std::int64_t again[kBlockRows], repeated = 0;
+  // minimum is under the limit its panel is not known: those rows are scored once more.
+  void resolve(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
+    const float radius = norm_bound(2 * largest_half_norm_, d_);
+    std::int64_t again[kMaxBlockRows], repeated = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-      nearest_[i] = {valid_[i] ? double{kInfinity} : double{__builtin_nanf("")}, 0};
-      if (!valid_[i]) continue;
-      nearest_[i].index = panels_.begin * kPanelCodes;
-      const float limit = reduce_min(load(lanes_[i].best)) + margin_[i];
+      Nearest nearest{double{kInfinity}, panels_.begin * kPanelCodes};
+      const float margin = twice_error_bound(norm_bound(squares_[i], d_), radius, d_);
+      const float limit = reduce_min(load(lanes_[i].best)) + margin;
+      const auto ambiguous = bits(not_greater(load(lanes_[i].second), broadcast(limit)));
       limit_[i] = limit < kInfinity ? limit : kInfinity;
-      const F32 limits = broadcast(limit_[i]);
-      if (bits(not_greater(load(lanes_[i].second), limits)) || limit_[i] == kInfinity) {
+      if (ambiguous || !(limit < kInfinity)) {
         again[repeated++] = i;
-        continue;
-      }
-      const float* row = contiguous_row(first + i);
-      for (auto left = bits(not_greater(load(lanes_[i].best), limits)); left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        const std::int64_t code = std::int64_t{lanes_[i].panel[lane]} * kPanelCodes + lane;
-        for (int v = 0; v < kPanelVectors; ++v) offer(row, code + v * kLanes, nearest_[i]);
-      }
-    }
-    for (std::int64_t i = 0; i < repeated; i += kTileRows) {
-      score_again(first, again + i, smaller(kTileRows, repeated - i));
-    }
-  }
-
-  void score_again(std::int64_t first, const std::int64_t* rows, std::int64_t count) {
-    for (std::int64_t m = 0; m < kTileRows; ++m) {
-      const std::int64_t i = rows[smaller(m, count - 1)];
-      const float* tile = tiles_ + (i / kTileRows) * kTileRows * d_ + i % kTileRows;
-      for (std::int64_t t = 0; t < d_; ++t) retry_[t * kTileRows + m] = tile[t * kTileRows];
-    }
-    for (std::int64_t p = panels_.begin; p < panels_.end; ++p) {
-      Accumulators scores;
-      score_tile(retry_, codebook_.panels + p * kPanelCodes * d_,
-                 codebook_.half_norms + p * kPanelCodes, d_, scores);
-      for (std::int64_t m = 0; m < count; ++m) {
-        const F32 limits = broadcast(limit_[rows[m]]);
-        for (int v = 0; v < kPanelVectors; ++v) {
-          auto left = bits(not_greater(scores[m][v], limits));
-          if (!left) continue;
-          const float* row = contiguous_row(first + rows[m]);
-          for (; left; left &= left - 1) {
-            offer(row, p * kPanelCodes + v * kLanes + __builtin_ctz(left), nearest_[rows[m]]);
-          }
+      } else {
+        const float* row = contiguous_row(first + i);
+        auto left = bits(not_greater(load(lanes_[i].best), broadcast(limit)));
+        for (; left; left &= left - 1) {
+          const int lane = __builtin_ctz(left);
+          offer_lane(row, std::int64_t{lanes_[i].panel[lane]} * kPanelCodes + lane, nearest);
         }
       }
+      distance[i] = nearest.distance;
+      indices[i] = nearest.index;
+    }
+    for (std::int64_t i = 0; i < repeated; i += kTileRows) {
+      score_again(first, again + i, smaller(kTileRows, repeated - i), distance, indices);
     }
   }
 
-  T2P_INLINE void offer(const float* row, std::int64_t code, Nearest& nearest) const {
+  void score_again(std::int64_t first, const std::int64_t* rows, std::int64_t count,
+                   double* distance, std::int64_t* indices) {
+    for (std::int64_t m = 0; m < kTileRows; ++m) {
+      const float* row = rows_ + rows[smaller(m, count - 1)] * stride_;
+      for (std::int64_t t = 0; t < d_; ++t) retry_[m * stride_ + t] = row[t];
+    }
+    for (std::int64_t p = panels_.begin; p < panels_.end; ++p) {
+      Scores scores;
+      score_tile(retry_, stride_, panel(p, 0), d_, scores);
+      for (std::int64_t m = 0; m < count; ++m) {
+        const std::int64_t i = rows[m];
+        Nearest nearest{distance[i], indices[i]};
+        for (int v = 0; v < kPanelVectors; ++v) {
+          auto left = bits(not_greater(scores[m][v], broadcast(limit_[i])));
+          if (!left) continue;
+          const float* row = contiguous_row(first + i);
+          for (; left; left &= left - 1) {
+            offer_code(row, p * kPanelCodes + v * kLanes + __builtin_ctz(left), nearest);
+          }
+        }
+        distance[i] = nearest.distance;
+        indices[i] = nearest.index;
+      }
+    }
+    for (std::int64_t m = 0; m < count; ++m) {
+      const std::int64_t i = rows[m];
+      if (!__builtin_isfinite(squares_[i]) && !all_finite(contiguous_row(first + i), d_)) {
+        distance[i] = __builtin_nan("");
+        indices[i] = 0;
+      }
+    }
+  }
+
+  // The codes of one lane of a panel. Past the last code it is offered again, which changes
+  // nothing.
+  T2P_INLINE void offer_lane(const float* row, std::int64_t code, Nearest& nearest) const {
+    std::int64_t index[kPanelVectors];
+    const float* codes[kPanelVectors];
+    double distance[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) {
+      index[v] = smaller(code + v * kLanes, codebook_.k - 1);
+      codes[v] = codebook_.codes + index[v] * d_;
+    }
+    distance64(row, codes, d_, distance);
+    for (int v = 0; v < kPanelVectors; ++v) nearest.offer(distance[v], index[v]);
+  }
+
+  T2P_INLINE void offer_code(const float* row, std::int64_t code, Nearest& nearest) const {
     if (code >= codebook_.k) return;
-    nearest.offer(distance64(row, codebook_.codes + code * d_, d_), code);
+    const float* const codes[1] = {codebook_.codes + code * d_};
+    double distance[1];
+    distance64(row, codes, d_, distance);
+    nearest.offer(distance[0], code);
+  }
+
+  // Panel p: packed by the caller, or packed here into place q of the group.
+  Panel panel(std::int64_t p, int q) {
+    if (codebook_.panels) {
+      return {codebook_.panels + p * kPanelCodes * d_, codebook_.half_norms + p * kPanelCodes};
+    }
+    float* codes = group_ + q * (d_ + 1) * kPanelCodes;
+    float* half_norms = codes + d_ * kPanelCodes;
+    const std::int64_t code = p * kPanelCodes;
+    const float largest =
+        pack_panel(codebook_.codes + code * d_, smaller(kPanelCodes, codebook_.k - code), d_,
+                   codebook_.center, codes, half_norms);
+    if (largest > largest_half_norm_) largest_half_norm_ = largest;
+    return {codes, half_norms};
   }
 
   const float* contiguous_row(std::int64_t r) const {
@@ -251,48 +390,16 @@ class BlockSearch {
   const Rows<const float>& x_;
   const PanelRange panels_;
   const std::int64_t d_;
-  float* tiles_;  // [kBlockRows / kTileRows, d, kTileRows]
-  float* row_;    // [d]
-  float* retry_;  // [d, kTileRows]
-  Lanes lanes_[kBlockRows];
-  float margin_[kBlockRows];
-  float limit_[kBlockRows];
-  bool valid_[kBlockRows];
-  Nearest nearest_[kBlockRows];
+  const std::int64_t stride_;
+  float* const rows_;   // [block_rows + kTileRows, stride_], centred
+  float* const retry_;  // [kTileRows, stride_], centred
+  float* const row_;    // [stride_], as it came
+  float* const group_;  // [group_size, d + 1, kPanelCodes]
+  float largest_half_norm_;
+  float squares_[kMaxBlockRows];  // |x - center|^2
+  float limit_[kMaxBlockRows];
+  Lanes lanes_[kMaxBlockRows + kTileRows];
 };
-
-float pack_panel(const float* codes, std::int64_t count, std::int64_t d, const float* center,
-                 float* panel, float* half_norms) {
-  constexpr std::int64_t kChunk = 16;  // channels at a time: a cache line of every code
-  for (std::int64_t begin = 0; begin < d; begin += kChunk) {
-    const std::int64_t end = smaller(d, begin + kChunk);
-    for (std::int64_t j = 0; j < kPanelCodes; ++j) {
-      for (std::int64_t t = begin; t < end; ++t) {
-        panel[t * kPanelCodes + j] = j < count ? codes[j * d + t] - center[t] : 0.f;
-      }
-    }
-  }
-  for (int v = 0; v < kPanelVectors; ++v) {
-    F32 squares = broadcast(0.f);
-    for (std::int64_t t = 0; t < d; ++t) {
-      const F32 c = load(panel + t * kPanelCodes + v * kLanes);
-      squares = multiply_add(c, c, squares);
-    }
-    store(half_norms + v * kLanes, mul(squares, broadcast(0.5f)));
-  }
-  float largest = 0;
-  for (std::int64_t j = 0; j < kPanelCodes; ++j) {
-    const bool overflow = !__builtin_isfinite(half_norms[j]);
-    if (j < count && !(overflow && !all_finite(codes + j * d, 1, d))) {
-      largest = overflow ? kInfinity : (half_norms[j] > largest ? half_norms[j] : largest);
-      continue;
-    }
-    // Padding, or a code with a NaN or an infinity: an infinite score that no arithmetic turns NaN.
-    half_norms[j] = kInfinity;
-    for (std::int64_t t = 0; t < d; ++t) panel[t * kPanelCodes + j] = 0;
-  }
-  return largest;
-}
 
 void search_block(const Codebook& codebook, const Rows<const float>& x, PanelRange panels,
                   std::int64_t first, std::int64_t count, float* scratch, double* distance,
@@ -302,7 +409,6 @@ void search_block(const Codebook& codebook, const Rows<const float>& x, PanelRan
 
 }  // namespace
 
-extern const SearchKernels kSearch;
-const SearchKernels kSearch{kPanelCodes, kTileRows, norm_from_squares, pack_panel, search_block};
+const SearchKernels kSearch{kPanelCodes, block_rows, scratch_size, pack_panel, search_block};
 
 }  // namespace t2p::vq::T2P_ISA_NAMESPACE

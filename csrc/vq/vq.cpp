@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "common/buffer.h"
+#include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "vq/search.h"
@@ -35,6 +36,12 @@ Buffer<float> center_of(const float* codebook, std::int64_t k, std::int64_t d) {
   return center;
 }
 
+void check_index(const char* op, std::int64_t index, std::int64_t k) {
+  if (index < 0 || index >= k) [[unlikely]] {
+    throw std::out_of_range(concat(op, ": index ", index, " is outside [0, ", k, ")"));
+  }
+}
+
 // Splits [0, count) into `parts` ranges of nearly equal length.
 PanelRange part(std::int64_t count, std::int64_t parts, std::int64_t i) {
   return {count * i / parts, count * (i + 1) / parts};
@@ -49,37 +56,39 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   const SearchKernels& kernels = T2P_DISPATCH(kSearch);
 
   const std::int64_t width = kernels.panel_codes, panels = ceil_div(k, width);
+  const std::int64_t block_rows = kernels.block_rows(d), blocks = ceil_div(n, block_rows);
   const Buffer<float> center = center_of(codebook, k, d);
-  const Buffer<float> packed(panels * width * d), half_norms(panels * width), largest(panels);
-  constexpr std::int64_t kPanelsPerTask = 4;
-  parallel_for(threads, ceil_div(panels, kPanelsPerTask), [&](std::int64_t task) {
-    const std::int64_t end = std::min((task + 1) * kPanelsPerTask, panels);
-    for (std::int64_t p = task * kPanelsPerTask; p < end; ++p) {
-      largest[p] = kernels.pack_panel(codebook + p * width * d, std::min(width, k - p * width), d,
-                                      center.data(), packed.data() + p * width * d,
-                                      half_norms.data() + p * width);
-    }
-  });
-  const float largest_half_norm = *std::max_element(largest.data(), largest.data() + panels);
-  const Codebook prepared{.codes = codebook,
-                          .center = center.data(),
-                          .panels = packed.data(),
-                          .half_norms = half_norms.data(),
-                          .radius = kernels.norm_from_squares(2 * largest_half_norm, d),
-                          .k = k,
-                          .d = d};
+  Codebook prepared{.codes = codebook, .center = center.data(), .k = k, .d = d};
+  Buffer<float> packed, half_norms;
+  if (blocks > 1) {
+    packed.reserve(panels * width * d);
+    half_norms.reserve(panels * width);
+    const Buffer<float> largest(panels);
+    constexpr std::int64_t kPanelsPerTask = 4;
+    parallel_for(threads, ceil_div(panels, kPanelsPerTask), [&](std::int64_t task) {
+      const std::int64_t end = std::min((task + 1) * kPanelsPerTask, panels);
+      for (std::int64_t p = task * kPanelsPerTask; p < end; ++p) {
+        largest[p] = kernels.pack_panel(codebook + p * width * d, std::min(width, k - p * width), d,
+                                        center.data(), packed.data() + p * width * d,
+                                        half_norms.data() + p * width);
+      }
+    });
+    prepared.panels = packed.data();
+    prepared.half_norms = half_norms.data();
+    prepared.largest_half_norm = *std::max_element(largest.data(), largest.data() + panels);
+  }
 
   // Few rows do not fill the threads with blocks: the panels are then split as well.
-  const std::int64_t blocks = ceil_div(n, kBlockRows);
-  const std::int64_t splits = std::clamp<std::int64_t>(4 * threads / blocks, 1, panels);
+  const std::int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const std::int64_t splits = std::clamp<std::int64_t>(wanted / blocks, 1, ceil_div(panels, 8));
   Buffer<double> split_distance(splits * n);
   Buffer<std::int64_t> split_index(splits * n);
   parallel_for(threads, blocks * splits, [&](std::int64_t task) {
     thread_local Buffer<float> scratch;
-    scratch.reserve((kBlockRows + 1 + kernels.tile_rows) * d);
-    const std::int64_t split = task / blocks, first = task % blocks * kBlockRows;
+    scratch.reserve(kernels.scratch_size(d));
+    const std::int64_t split = task / blocks, first = task % blocks * block_rows;
     kernels.search_block(prepared, x, part(panels, splits, split), first,
-                         std::min(kBlockRows, n - first), scratch.data(),
+                         std::min(block_rows, n - first), scratch.data(),
                          split_distance.data() + split * n + first,
                          split_index.data() + split * n + first);
   });
@@ -96,11 +105,10 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
 void lookup_cpu(const std::int64_t* indices, const float* codebook, std::int64_t k, int threads,
                 const Rows<float>& out) {
   const std::int64_t n = out.count(), d = out.d;
-  parallel_for(threads, ceil_div(n, kBlockRows), [&](std::int64_t block) {
-    const std::int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, n);
-    for (std::int64_t r = begin; r < end; ++r) {
-      if (indices[r] < 0 || indices[r] >= k) throw std::out_of_range("vq_lookup: index");
-    }
+  constexpr std::int64_t kRows = 64;
+  parallel_for(threads, ceil_div(n, kRows), [&](std::int64_t block) {
+    const std::int64_t begin = block * kRows, end = std::min(begin + kRows, n);
+    for (std::int64_t r = begin; r < end; ++r) check_index("vq_lookup", indices[r], k);
     if (out.channel_stride == 1) {
       for (std::int64_t r = begin; r < end; ++r) {
         std::copy_n(codebook + indices[r] * d, d, out.row(r));
@@ -125,7 +133,10 @@ void accumulate_cpu(const Rows<const float>& x, const std::int64_t* indices, std
   // A stable counting sort: the rows of code j are order[begin[j]], ..., order[begin[j + 1] - 1].
   Buffer<std::int64_t> begin(k + 1), order(n);
   std::fill_n(begin.data(), k + 1, 0);
-  for (std::int64_t r = 0; r < n; ++r) ++begin[indices[r] + 1];
+  for (std::int64_t r = 0; r < n; ++r) {
+    check_index("vq_accumulate", indices[r], k);
+    ++begin[indices[r] + 1];
+  }
   for (std::int64_t j = 0; j < k; ++j) begin[j + 1] += begin[j];
   for (std::int64_t r = 0; r < n; ++r) order[begin[indices[r]]++] = r;
   for (std::int64_t j = k; j > 0; --j) begin[j] = begin[j - 1];
@@ -138,7 +149,7 @@ void accumulate_cpu(const Rows<const float>& x, const std::int64_t* indices, std
       std::int64_t low = 0, high = k;
       while (low < high) {
         const std::int64_t middle = (low + high) / 2;
-        (begin[middle] + middle) * tasks < (n + k) * part ? low = middle + 1 : high = middle;
+        (begin[middle] + middle) * tasks < (n + k)* part ? low = middle + 1 : high = middle;
       }
       return low;
     };
@@ -154,6 +165,12 @@ void accumulate_cpu(const Rows<const float>& x, const std::int64_t* indices, std
       std::copy_n(total.data(), d, sums + j * d);
     }
   });
+}
+
+void total_cpu(const float* distance, std::int64_t n, double scale, float* total) {
+  double sum = 0;
+  for (std::int64_t r = 0; r < n; ++r) sum += distance[r];
+  *total = static_cast<float>(scale * sum);
 }
 
 }  // namespace t2p::vq

@@ -32,17 +32,48 @@ void nearest_cpu(const Rows<const float>& x,
                  std::int64_t* indices,  // [n]
                  float* distance);       // [n]
 
-// out[r] = codebook[indices[r]]; an index outside [0, k) throws std::out_of_range.
+void nearest_cuda(const Rows<const float>& x,
+                  const float* codebook,  // [k, d]
+                  std::int64_t k, int device, void* stream,
+                  float* workspace,       // [workspace_size(n, k, d)]
+                  std::int64_t* indices,  // [n]
+                  float* distance);       // [n]
+
+// Floats of memory that nearest_cuda needs besides its arguments.
+std::int64_t workspace_size(std::int64_t n, std::int64_t k, std::int64_t d);
+
+// out[r] = codebook[indices[r]]. An index outside [0, k) throws std::out_of_range on the CPU and
+// gives a row of NaN on CUDA, where finding out would mean to wait for the device.
 void lookup_cpu(const std::int64_t* indices,  // [n]
                 const float* codebook,        // [k, d]
                 std::int64_t k, int threads, const Rows<float>& out);
 
+void lookup_cuda(const std::int64_t* indices,  // [n]
+                 const float* codebook,        // [k, d]
+                 std::int64_t k, int device, void* stream, const Rows<float>& out);
+
 // counts[j] = number of rows with index j, sums[j] = their sum, added up in float64 in the order of
-// the rows: the same bits for any number of threads.
+// the rows: the same bits for any number of threads. Throws std::out_of_range.
 void accumulate_cpu(const Rows<const float>& x,
-                    const std::int64_t* indices,  // [n], each in [0, k)
+                    const std::int64_t* indices,  // [n]
                     std::int64_t k, int threads,
                     float* counts,  // [k]
                     float* sums);   // [k, d]
+
+// The same, from the rows sorted by index: those of code j are order[begin[j]], ...,
+// order[begin[j + 1] - 1].
+void accumulate_cuda(const Rows<const float>& x,
+                     const std::int64_t* order,  // [n]
+                     const std::int64_t* begin,  // [k + 1]
+                     std::int64_t k, int device, void* stream,
+                     float* counts,  // [k]
+                     float* sums);   // [k, d]
+
+// total = scale * sum of distance, in float64 in a fixed order.
+void total_cpu(const float* distance,  // [n]
+               std::int64_t n, double scale, float* total);
+
+void total_cuda(const float* distance,  // [n]
+                std::int64_t n, double scale, int device, void* stream, float* total);
 
 }  // namespace t2p::vq

@@ -2,8 +2,8 @@
 """Vector quantisation: nearest code, lookup, the quantiser of a VQ-VAE, and k-means.
 
 Sizes: `n` rows, `k` codes, `d` channels. `x` has its channels in dimension `channel_dim`; every
-other position is a row. Inside, tensors are viewed as `[outer, d, inner]`, which costs no copy
-for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`.
+other position is a row. Inside, tensors are viewed as `[outer, d, inner]`, which costs no copy for
+`[n, d]`, `[b, n, d]` and images `[b, d, h, w]`.
 """
 
 import math
@@ -27,94 +27,61 @@ def _as_rows(x: Tensor, channel_dim: int) -> Tensor:
     return x.reshape(outer, shape[channel_dim], inner)
 
 
-def _without_channels(shape: torch.Size, channel_dim: int) -> list[int]:
-    return [*shape[:channel_dim], *shape[channel_dim + 1 :]]
-
-
 def _empty_like_rows(x: Tensor, channel_dim: int) -> Tensor:
     """An empty tensor shaped like `x` that `_as_rows` can view without a copy."""
     return torch.empty_like(_as_rows(x, channel_dim)).reshape(x.shape)
 
 
-# vq_nearest --------------------------------------------------------------------------------------
+def _without_channels(x: Tensor, channel_dim: int) -> list[int]:
+    return [*x.shape[:channel_dim], *x.shape[channel_dim + 1 :]]
+
+
+# The kernels, for CPU and CUDA tensors, each beside its fake --------------------------------------
 
 
 def _nearest(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     indices, distance = _nearest_fake(x, codebook, channel_dim)
-    _C.vq_nearest(
-        _as_rows(x, channel_dim),
-        codebook.contiguous(),
-        indices,
-        distance,
-        threads=torch.get_num_threads(),
-    )
+    (k, d), codes = codebook.shape, codebook.contiguous()
+    size = _C.vq_workspace_size(indices.numel(), k, d) if x.is_cuda else 0
+    workspace = x.new_empty(size)
+    rows, threads = _as_rows(x, channel_dim), torch.get_num_threads()
+    _C.vq_nearest(rows, codes, workspace, indices, distance, threads)
     return indices, distance
 
 
 def _nearest_fake(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    shape = _without_channels(x.shape, channel_dim)
+    if codebook.ndim != 2:
+        raise ValueError(f"vq_nearest: codebook must be [k, d], got {list(codebook.shape)}")
+    shape = _without_channels(x, channel_dim)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
-
-
-def _nearest_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, codebook, channel_dim = inputs
-    indices, _ = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, codebook, indices)
-    ctx.channel_dim = channel_dim
-
-
-def _nearest_backward(ctx: Any, _: None, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, codebook, indices = ctx.saved_tensors
-    codes = _vq_lookup(indices, codebook, ctx.channel_dim)
-    grad_x = 2 * grad.unsqueeze(ctx.channel_dim) * (x - codes)
-    _, sums = _vq_accumulate(grad_x, indices, codebook.shape[0], ctx.channel_dim)
-    return grad_x, -sums, None
-
-
-# vq_lookup ---------------------------------------------------------------------------------------
 
 
 def _lookup(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
     out = _lookup_fake(indices, codebook, channel_dim)
-    _C.vq_lookup(
-        indices.contiguous(),
-        codebook.contiguous(),
-        _as_rows(out, channel_dim),
-        threads=torch.get_num_threads(),
-    )
+    rows, threads = _as_rows(out, channel_dim), torch.get_num_threads()
+    _C.vq_lookup(indices.contiguous(), codebook.contiguous(), rows, threads)
     return out
 
 
 def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
+    if codebook.ndim != 2:
+        raise ValueError(f"vq_lookup: codebook must be [k, d], got {list(codebook.shape)}")
     shape = indices.shape
     return codebook.new_empty([*shape[:channel_dim], codebook.shape[1], *shape[channel_dim:]])
 
 
-def _lookup_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    indices, codebook, channel_dim = inputs
-    ctx.save_for_backward(indices)
-    ctx.k, ctx.channel_dim = codebook.shape[0], channel_dim
-
-
-def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-    (indices,) = ctx.saved_tensors
-    _, sums = _vq_accumulate(grad, indices, ctx.k, ctx.channel_dim)
-    return None, sums, None
-
-
-# vq_accumulate -----------------------------------------------------------------------------------
-
-
 def _accumulate(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    _C.vq_accumulate(
-        _as_rows(x, channel_dim),
-        indices.contiguous(),
-        counts,
-        sums,
-        threads=torch.get_num_threads(),
-    )
+    rows, threads = _as_rows(x, channel_dim), torch.get_num_threads()
+    _C.vq_accumulate(rows, indices.contiguous(), counts, sums, threads)
+    return counts, sums
+
+
+def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
+    counts, sums = _accumulate_fake(x, indices, k, channel_dim)
+    ordered, order = indices.flatten().sort(stable=True)
+    begin = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device))
+    _C.vq_accumulate_sorted(_as_rows(x, channel_dim), order, begin, counts, sums)
     return counts, sums
 
 
@@ -127,9 +94,6 @@ def _accumulate_fake(
     return x.new_empty([k]), x.new_empty([k, x.shape[channel_dim]])
 
 
-# vq_quantize -------------------------------------------------------------------------------------
-
-
 def _quantize(
     x: Tensor,
     codebook: Tensor,
@@ -138,17 +102,15 @@ def _quantize(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    quantized, indices, loss, counts, sums = _quantize_fake(
-        x, codebook, beta, codebook_weight, channel_dim, statistics
-    )
-    rows, codes, threads = _as_rows(x, channel_dim), codebook.contiguous(), torch.get_num_threads()
-    distance = x.new_empty(indices.shape)
-    _C.vq_nearest(rows, codes, indices, distance, threads=threads)
-    _C.vq_lookup(indices, codes, _as_rows(quantized, channel_dim), threads=threads)
-    scale = (beta + codebook_weight) / max(x.numel(), 1)
-    loss.copy_(distance.sum(dtype=torch.float64) * scale)
-    if statistics:
-        _C.vq_accumulate(rows, indices, counts, sums, threads=threads)
+    indices, distance = _nearest(x, codebook, channel_dim)
+    quantized, loss = _empty_like_rows(x, channel_dim), x.new_empty([])
+    rows, threads = _as_rows(quantized, channel_dim), torch.get_num_threads()
+    _C.vq_lookup(indices, codebook.contiguous(), rows, threads)
+    _C.vq_total(distance, (beta + codebook_weight) / max(x.numel(), 1), loss)
+    if not statistics:
+        return quantized, indices, loss, x.new_empty([0]), x.new_empty([0, codebook.shape[1]])
+    accumulate = _accumulate_cuda if x.is_cuda else _accumulate
+    counts, sums = accumulate(x, indices, codebook.shape[0], channel_dim)
     return quantized, indices, loss, counts, sums
 
 
@@ -160,14 +122,41 @@ def _quantize_fake(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, d = codebook.shape if statistics else (0, codebook.shape[1])
-    return (
-        _empty_like_rows(x, channel_dim),
-        x.new_empty(_without_channels(x.shape, channel_dim), dtype=torch.int64),
-        x.new_empty([]),
-        x.new_empty([k]),
-        x.new_empty([k, d]),
-    )
+    indices, _ = _nearest_fake(x, codebook, channel_dim)
+    k, d = codebook.shape
+    counts, sums = x.new_empty([k if statistics else 0]), x.new_empty([k if statistics else 0, d])
+    return _empty_like_rows(x, channel_dim), indices, x.new_empty([]), counts, sums
+
+
+# Gradients ---------------------------------------------------------------------------------------
+
+
+def _nearest_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, codebook, ctx.channel_dim = inputs
+    indices, _ = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(x, codebook, indices)
+
+
+def _nearest_backward(ctx: Any, _: None, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    # distance_i = |x_i - c_j|^2 with j = indices_i
+    x, codebook, indices = ctx.saved_tensors
+    codes = _vq_lookup(indices, codebook, ctx.channel_dim)
+    grad_x = 2 * grad.unsqueeze(ctx.channel_dim) * (x - codes)
+    _, sums = _vq_accumulate(grad_x, indices, codebook.shape[0], ctx.channel_dim)
+    return grad_x, -sums, None
+
+
+def _lookup_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    indices, codebook, ctx.channel_dim = inputs
+    ctx.k = codebook.shape[0]
+    ctx.save_for_backward(indices)
+
+
+def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    _, sums = _vq_accumulate(grad, indices, ctx.k, ctx.channel_dim)
+    return None, sums, None
 
 
 def _quantize_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -179,15 +168,56 @@ def _quantize_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any
 
 def _quantize_backward(
     ctx: Any, grad_quantized: Tensor, _indices: None, grad_loss: Tensor, *_statistics: None
-) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    # loss = beta / (n d) sum_i |x_i - c_j|^2 for x, and codebook_weight / (n d) of it for c
     x, codebook, quantized, indices = ctx.saved_tensors
     unit = grad_loss * (2 / max(x.numel(), 1))
-    grad_x = torch.addcmul(grad_quantized, x - quantized, unit * ctx.beta)
-    grad_codebook = None
+    grad_x = grad_codebook = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_quantized + (x - quantized) * (unit * ctx.beta)
     if ctx.needs_input_grad[1]:
-        counts, sums = _vq_accumulate(x, indices, codebook.shape[0], ctx.channel_dim)
-        grad_codebook = (counts[:, None] * codebook - sums) * (unit * ctx.codebook_weight)
+        # From the differences, not as counts c - sums: that cancels far from the origin.
+        _, sums = _vq_accumulate(quantized - x, indices, codebook.shape[0], ctx.channel_dim)
+        grad_codebook = sums * (unit * ctx.codebook_weight)
     return grad_x, grad_codebook, None, None, None, None
+
+
+# Batching rules: a batch of `x` against one codebook is just more rows ---------------------------
+
+
+def _nearest_vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, codebook: Tensor, channel_dim: int
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    x_dim, codebook_dim, _ = in_dims
+    if codebook_dim is None and x_dim is not None:
+        return _vq_nearest(x.movedim(x_dim, 0), codebook, channel_dim + 1), (0, 0)
+    results = [
+        _vq_nearest(
+            x if x_dim is None else x.select(x_dim, b),
+            codebook if codebook_dim is None else codebook.select(codebook_dim, b),
+            channel_dim,
+        )
+        for b in range(info.batch_size)
+    ]
+    indices, distance = zip(*results, strict=True)
+    return (torch.stack(indices), torch.stack(distance)), (0, 0)
+
+
+def _lookup_vmap(
+    info: Any, in_dims: tuple[int | None, ...], indices: Tensor, codebook: Tensor, channel_dim: int
+) -> tuple[Tensor, int]:
+    indices_dim, codebook_dim, _ = in_dims
+    if codebook_dim is None and indices_dim is not None:
+        return _vq_lookup(indices.movedim(indices_dim, 0), codebook, channel_dim + 1), 0
+    results = [
+        _vq_lookup(
+            indices if indices_dim is None else indices.select(indices_dim, b),
+            codebook if codebook_dim is None else codebook.select(codebook_dim, b),
+            channel_dim,
+        )
+        for b in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
 
 
 _vq_nearest = define_op(
@@ -196,6 +226,7 @@ _vq_nearest = define_op(
     fake=_nearest_fake,
     setup_context=_nearest_setup_context,
     backward=_nearest_backward,
+    vmap=_nearest_vmap,
 )
 _vq_lookup = define_op(
     "vq_lookup(Tensor indices, Tensor codebook, int channel_dim) -> Tensor",
@@ -203,10 +234,12 @@ _vq_lookup = define_op(
     fake=_lookup_fake,
     setup_context=_lookup_setup_context,
     backward=_lookup_backward,
+    vmap=_lookup_vmap,
 )
 _vq_accumulate = define_op(
     "vq_accumulate(Tensor x, Tensor indices, SymInt k, int channel_dim) -> (Tensor, Tensor)",
     cpu=_accumulate,
+    cuda=_accumulate_cuda,
     fake=_accumulate_fake,
 )
 _vq_quantize = define_op(
@@ -217,6 +250,9 @@ _vq_quantize = define_op(
     setup_context=_quantize_setup_context,
     backward=_quantize_backward,
 )
+
+
+# Public functions --------------------------------------------------------------------------------
 
 
 def _check_x(op: str, x: Tensor, channel_dim: int) -> int:
@@ -251,7 +287,33 @@ def vq_nearest(
     channel_dim: int = -1,
     return_distance: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Index of the nearest code for every row: ``argmin_j |x_i - c_j|^2``."""
+    """Index of the nearest code for every row: ``argmin_j |x_i - c_j|^2``.
+
+    The index is exact: that of the smallest distance in float64 arithmetic, also far from the
+    origin, where ``|x|^2 - 2 x.c + |c|^2`` in float32 is not; the lowest one among equals. Nothing
+    of size `n k` is stored. A row with a NaN or an infinity gets index 0 and distance NaN; a code
+    with one is never chosen while another is finite. The distance is differentiable.
+
+    Args:
+        x: `[n, d]`, `[b, n, d]`, or an image `[b, d, h, w]` with `channel_dim=1`; float32, any
+            strides. Under autocast other floating dtypes are converted.
+        codebook: `[k, d]`, float32.
+        metric: Only `"l2"`.
+        channel_dim: The dimension of `x` that holds the `d` channels.
+        return_distance: Whether to return the squared distances as well.
+
+    Returns:
+        The indices, int64, in the shape of `x` without `channel_dim`; with `return_distance` also
+        the squared L2 distances, float32, in the same shape. O(n k d) time, O(n + k d) memory.
+
+    Raises:
+        ValueError: Shapes do not fit, the codebook is empty, or `metric` is not supported.
+        TypeError: A tensor is not float32.
+
+    Example:
+        >>> vq_nearest(torch.tensor([[0.9, 0.0]]), torch.eye(2))
+        tensor([0])
+    """
     check_choice("vq_nearest", "metric", metric, _METRICS)
     dim = _check_x("vq_nearest", x, channel_dim)
     x, codebook = under_autocast(x, codebook)
@@ -260,7 +322,25 @@ def vq_nearest(
 
 
 def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1) -> Tensor:
-    """The codes at `indices`, channels in dimension `channel_dim` of the result."""
+    """The codes at `indices`: ``out_i = c_(indices_i)``.
+
+    The gradient of the codebook is added up in a fixed order, in float64: it is the same for any
+    number of threads.
+
+    Args:
+        indices: int64 of any shape, each in `[0, k)`.
+        codebook: `[k, d]`, float32.
+        channel_dim: The dimension of the result that holds the `d` channels.
+
+    Returns:
+        float32, the shape of `indices` with `d` inserted at `channel_dim`: from `[b, h, w]`, an
+        image `[b, d, h, w]` with `channel_dim=1`.
+
+    Raises:
+        IndexError: An index is outside `[0, k)` (on CUDA such a row is NaN instead).
+        ValueError: Shapes do not fit.
+        TypeError: `indices` is not int64 or `codebook` not float32.
+    """
     dim = normalize_dim("vq_lookup", "channel_dim", channel_dim, indices.ndim + 1)
     (codebook,) = under_autocast(codebook)
     result: Tensor = _vq_lookup(indices, codebook, dim)
@@ -277,12 +357,37 @@ def vq_quantize(
     codebook_weight: float = 1.0,
     return_statistics: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The quantiser of a VQ-VAE, fused."""
+    """The quantiser of a VQ-VAE (van den Oord et al. 2017, equations 2 and 3).
+
+    ``e_i = c_j`` with ``j = argmin_j |x_i - c_j|^2``, and ``loss = codebook_weight
+    mean((sg(x) - e)^2) + beta mean((x - sg(e))^2)``, `sg` being the stop-gradient. The gradient of
+    `quantized` goes straight to `x`; the value of `quantized` is that of the codes to the bit, as
+    ``x + (e - x).detach()`` would not be.
+
+    Args:
+        x: As in `vq_nearest`.
+        codebook: `[k, d]`, float32.
+        beta: Weight of the commitment loss, whose gradient goes to `x`.
+        metric: Only `"l2"`.
+        channel_dim: The dimension of `x` that holds the `d` channels.
+        codebook_weight: Weight of the codebook loss, whose gradient goes to `codebook`; 0 for a
+            codebook learned by moving averages.
+        return_statistics: Whether to return what moving averages need.
+
+    Returns:
+        `(quantized, indices, loss)`: the codes in the shape of `x`, the int64 indices in that shape
+        without `channel_dim`, and a scalar, 0 for an empty `x`. With `return_statistics` also
+        `counts` `[k]`, the number of rows of every code, and `sums` `[k, d]`, their sums; both
+        without gradient and the same for any number of threads.
+
+    Raises:
+        ValueError, TypeError: As in `vq_nearest`.
+    """
     check_choice("vq_quantize", "metric", metric, _METRICS)
     dim = _check_x("vq_quantize", x, channel_dim)
     x, codebook = under_autocast(x, codebook)
     results: tuple[Tensor, ...] = _vq_quantize(
-        x, codebook, beta, codebook_weight, dim, return_statistics
+        x, codebook, float(beta), float(codebook_weight), dim, return_statistics
     )
     return results if return_statistics else results[:3]
 
@@ -290,11 +395,12 @@ def vq_quantize(
 class KMeansResult(NamedTuple):
     """What `kmeans` found."""
 
-    centroids: Tensor
-    indices: Tensor
-    inertia: Tensor
+    centroids: Tensor  # [k, d]
+    indices: Tensor  # [n], of the nearest centroid
+    inertia: Tensor  # [], sum of squared distances to it
 
 
+@torch.no_grad()
 def kmeans(
     x: Tensor,
     k: int,
@@ -303,21 +409,61 @@ def kmeans(
     init: Literal["random", "kmeans++"] | Tensor = "random",
     generator: torch.Generator | None = None,
 ) -> KMeansResult:
-    """Lloyd's algorithm on `x` `[n, d]`."""
-    if x.ndim != 2:
-        raise ValueError(f"kmeans: x must be [n, d], got {list(x.shape)}")
-    n = x.shape[0]
+    """Lloyd's algorithm: alternates nearest centroids and means of their rows.
+
+    A centroid without rows moves to the row that is farthest from its own centroid, the next one to
+    the next farthest. The result is the same for any number of threads.
+
+    Args:
+        x: `[n, d]`, float32, `n >= 1`.
+        k: Number of centroids.
+        iterations: Number of updates.
+        init: `"random"` distinct rows of `x`; `"kmeans++"` (Arthur and Vassilvitskii 2007), rows
+            drawn with probability proportional to the squared distance to those already drawn; or
+            the centroids to start from, `[k, d]`.
+        generator: Source of the random numbers, on the CPU.
+
+    Returns:
+        Centroids, indices and inertia, the latter two of the returned centroids. Each iteration
+        takes O(n k d) time and O(n + k d) memory.
+
+    Raises:
+        ValueError: Shapes do not fit, or `init` is not supported.
+        TypeError: `x` is not float32.
+    """
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(f"kmeans: x must be [n >= 1, d], got {list(x.shape)}")
+    if k < 1 or iterations < 0:
+        raise ValueError(f"kmeans: k={k} must be positive and iterations={iterations} not negative")
     if isinstance(init, Tensor):
-        centroids = init.clone()
+        if init.shape != (k, x.shape[1]):
+            raise ValueError(f"kmeans: init must be [{k}, {x.shape[1]}], got {list(init.shape)}")
+        centroids = init.detach().clone()
     else:
-        centroids = x[torch.randperm(n, generator=generator)[:k].to(x.device)].clone()
+        check_choice("kmeans", "init", init, ("random", "kmeans++"))
+        centroids = x[_initial_rows(x, k, init == "kmeans++", generator)]
     for _ in range(iterations):
         indices, distance = _vq_nearest(x, centroids, 1)
         counts, sums = _vq_accumulate(x, indices, k, 1)
-        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
-        empty = (counts == 0).nonzero().flatten()
+        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
+        empty = (counts == 0).nonzero().flatten()[: x.shape[0]]
         if len(empty):
-            farthest = distance.argsort(descending=True, stable=True)[: len(empty)]
-            centroids[empty[: len(farthest)]] = x[farthest]
+            farthest = distance.argsort(descending=True, stable=True)
+            centroids[empty] = x[farthest[: len(empty)]]
     indices, distance = _vq_nearest(x, centroids, 1)
     return KMeansResult(centroids, indices, distance.sum())
+
+
+def _initial_rows(x: Tensor, k: int, plus_plus: bool, generator: torch.Generator | None) -> Tensor:
+    n = x.shape[0]
+    if not plus_plus:
+        rows = torch.randperm(n, generator=generator)
+        return rows.repeat(-(-k // n))[:k].to(x.device)  # all of them several times where k > n
+    chosen = torch.empty(k, dtype=torch.int64, device=x.device)
+    distance = x.new_full([n], 1.0, dtype=torch.float64)
+    for j, u in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).tolist()):
+        cumulative = distance.cumsum(0)
+        chosen[j] = torch.searchsorted(cumulative, cumulative[-1:] * u, right=True).clamp(max=n - 1)
+        _, to_new = _vq_nearest(x, x[chosen[j]][None], 1)
+        distance = to_new.double() if j == 0 else torch.minimum(distance, to_new)
+    return chosen

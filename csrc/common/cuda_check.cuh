@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every CUDA launcher does around its launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace t2p {
+
+inline void cuda_check(cudaError_t status, const char* op) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+  }
+}
+
+// Makes a tensor's device current while it lives. The runtime is linked statically and has a
+// current device of its own, which torch's does not move.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* op) {
+    cuda_check(cudaGetDevice(&previous_), op);
+    if (previous_ != device) cuda_check(cudaSetDevice(device), op);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// Reports a launch that could not start. It does not wait for the kernel.
+inline void check_launch(const char* op) { cuda_check(cudaGetLastError(), op); }
+
+}  // namespace t2p
