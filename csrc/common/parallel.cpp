@@ -18,6 +18,9 @@ namespace {
 thread_local bool inside_task = false;
 
 struct Job {
+  Job(TaskRef body, std::int64_t tasks, std::int64_t seats)
+      : body(body), tasks(tasks), seats(seats) {}
+
   TaskRef body;
   std::int64_t tasks;
   std::int64_t seats;       // workers that may still join; guarded by the pool's mutex
@@ -44,7 +47,7 @@ struct Job {
 class Pool {
  public:
   void run(std::int64_t helpers, std::int64_t tasks, TaskRef body) {
-    Job job{.body = body, .tasks = tasks, .seats = helpers};
+    Job job(body, tasks, helpers);
     std::unique_lock lock(mutex_);
     grow(helpers);
     jobs_.push_back(&job);

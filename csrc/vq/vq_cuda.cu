@@ -369,9 +369,8 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
   const int64_t elements = out.count() * out.d;
   if (elements == 0) return;
   const DeviceGuard guard(device, "vq_lookup");
-  const unsigned blocks = blocks_for(elements, 256);
-  lookup_kernel < <<blocks<65536 ? blocks : 65536, 256, 0, static_cast<cudaStream_t>(stream)>>>(
-                      indices, codebook, k, out);
+  const unsigned blocks = blocks_for(elements < (1 << 24) ? elements : 1 << 24, 256);
+  lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k, out);
   check_launch("vq_lookup");
 }
 
