@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``t2p-fast``: generate, reconstruct, train, bench, info.
+
+Imports of torch and of models are inside the commands, so that ``--help`` and mistakes answer at
+once. Every foreseeable error is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from PIL import Image
+
+_PROCESS_START = time.perf_counter()
+
+# The base class of all mistakes on the command line; typer brings its own copy of click since 0.20
+# and does not export it.
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Text to pixels, fast.",
+)
+train_app = typer.Typer(help="Train a model on scenes or on a folder.")
+app.add_typer(train_app, name="train")
+
+_Out = Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")]
+_Model = Annotated[str, typer.Option(help="'embedded', a folder, or a repository on the hub.")]
+_Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', 'cuda:1', ...")]
+_DType = Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: _Out = Path("out.png"),
+    number: Annotated[int, typer.Option("-n", "--number", help="Pictures, as a grid.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; random if absent.")] = None,
+    steps: Annotated[int, typer.Option(help="Rounds of mask-predict.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    temperature: Annotated[float, typer.Option(help="Of the token distribution.")] = 1.0,
+    scale: Annotated[int, typer.Option(help="Enlarge the result by this factor.")] = 1,
+    model: _Model = "embedded",
+    device: _Device = "auto",
+    dtype: _DType = "float32",
+    timings: Annotated[bool, typer.Option("--timings", help="Print seconds per stage.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Draw pictures from a prompt."""
+    _check_range("-n", number, 1, 1024)
+    _check_range("--steps", steps, 1, 4096)
+    _check_range("--scale", scale, 1, 64)
+    _check_output(out)
+    import torch
+
+    from t2p_fast.pipelines import MusePipeline
+
+    imported = time.perf_counter()
+    pipeline = MusePipeline.from_pretrained(model, dtype=_dtype(dtype), device=_device(device))
+    loaded = time.perf_counter()
+    with _progress("drawing", steps, progress) as advance:
+        result = pipeline(
+            prompt,
+            negative_prompt=negative,
+            num_images=number,
+            steps=steps,
+            guidance=guidance,
+            temperature=temperature,
+            seed=seed,
+            on_step=lambda *_: advance(),
+        )
+    drawn = time.perf_counter()
+    from t2p_fast import __version__
+
+    parameters = {
+        "prompt": prompt,
+        "negative": negative,
+        "number": number,
+        "seed": result.seeds[0],
+        "steps": steps,
+        "guidance": guidance,
+        "temperature": temperature,
+        "model": model,
+        "version": __version__,
+    }
+    _save_png(_grid(result.images, scale), out, parameters)
+    typer.echo(f"{out}: {number} picture{'s' * (number > 1)}, seed {result.seeds[0]}")
+    if timings:
+        stages = {
+            "imports": imported - _PROCESS_START,
+            "load": loaded - imported,
+            **result.timings,
+            "save": time.perf_counter() - drawn,
+            "total": time.perf_counter() - _PROCESS_START,
+        }
+        for name, seconds in stages.items():
+            typer.echo(f"{name:>8} {seconds:8.3f} s")
+        typer.echo(f"{'threads':>8} {torch.get_num_threads():8d}")
+
+
+@app.command()
+def reconstruct(
+    picture: Annotated[Path, typer.Argument(help="A picture of any size.")],
+    out: _Out = Path("reconstruction.png"),
+    tokens: Annotated[
+        Path | None, typer.Option(help="PNG file for the token map, a colour per token.")
+    ] = None,
+    model: _Model = "embedded",
+    device: _Device = "auto",
+    dtype: _DType = "float32",
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Send a picture through the tokenizer and back."""
+    _check_output(out)
+    if tokens is not None:
+        _check_output(tokens)
+    image = _read_picture(picture)
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+
+    from t2p_fast.models.tiling import count_tiles, decode_tiled, encode_tiled
+    from t2p_fast.models.vqgan import VQGAN
+
+    vqgan = VQGAN.from_pretrained(
+        model, subfolder="vqgan", dtype=_dtype(dtype), device=_device(device)
+    )
+    f = vqgan.config.downsampling_factor
+    array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = (array.float() / 127.5 - 1).to(vqgan.device, vqgan.dtype)
+    padding = (0, -image.width % f, 0, -image.height % f)
+    indices = encode_tiled(vqgan, F.pad(pixels, padding, mode="replicate"))
+    with _progress("decoding", count_tiles(*indices.shape[1:]), progress) as advance:
+        made = decode_tiled(vqgan, indices, on_tile=advance)
+    made = made[:, :, : image.height, : image.width].float().clamp(-1, 1)
+    error = (made - pixels.float()).square().mean()
+    result = ((made[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    _save_png(Image.fromarray(result), out, {"picture": picture.name, "model": model})
+    if tokens is not None:
+        _save_png(_token_map(indices[0].cpu().numpy(), f), tokens, {"picture": picture.name})
+    typer.echo(
+        f"{out}: {indices.shape[2]}x{indices.shape[1]} tokens, {len(indices.unique())} different, "
+        f"PSNR {10 * torch.log10(4 / error.clamp_min(1e-10)):.2f} dB"
+    )
+
+
+_Config = Annotated[str, typer.Option(help="A shipped recipe ('embedded') or a JSON file.")]
+_RunOut = Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="section.option=value")]
+
+
+@train_app.command("vqgan")
+def train_vqgan(
+    out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
+) -> None:
+    """Train the picture tokenizer."""
+    _train("vqgan", config, out, set_, device)
+
+
+@train_app.command("muse")
+def train_muse(
+    out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
+) -> None:
+    """Train the generator and its text encoder on a tokenizer's tokens."""
+    _train("muse", config, out, set_, device)
+
+
+@train_app.command("features")
+def train_features(
+    out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
+) -> None:
+    """Train the feature encoder of the perceptual loss."""
+    _train("features", config, out, set_, device)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="Which op, e.g. 'vq'.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="See 'bench vq --help'.")] = None,
+) -> None:
+    """Time an op against what people use otherwise."""
+    from t2p_fast.benchmarks.run import main as run_main
+
+    raise typer.Exit(run_main([op, *(arguments or [])]))
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Show version, build and machine."""
+    import torch
+
+    from t2p_fast import _C, __version__
+
+    facts: dict[str, Any] = {
+        "version": __version__,
+        **{k: v for k, v in _C.build_info().items() if k != "version"},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "cuda_devices": [
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        ],
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+        typer.echo(f"{name:>13}  {shown}")
+
+
+def _train(kind: str, config: str, out: Path, overrides: list[str] | None, device: str) -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise ValueError("training needs accelerate: pip install 't2p-fast[train]'") from None
+    from t2p_fast.training.config import load_config
+
+    settings = load_config(kind, config, overrides or [])
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file, expected a folder")
+    _check_output(out / "state.safetensors", make_parent=True)
+    cpu = _device(device).type == "cpu"
+    task: Any
+    if kind == "vqgan":
+        from t2p_fast.training.vqgan import VQGANTask
+
+        task = VQGANTask(settings)
+    elif kind == "muse":
+        from t2p_fast.training.muse import MuseTask
+
+        task = MuseTask(settings)
+    else:
+        from t2p_fast.training.features import FeatureEncoderTask
+
+        task = FeatureEncoderTask(settings)
+    from t2p_fast.training.trainer import Trainer
+
+    with _progress(f"training {kind}", settings.run.steps, True) as advance:
+        trainer = Trainer(task, out, cpu=cpu, report=typer.echo, on_step=advance)
+        folder = trainer.train()
+    typer.echo(f"{folder}: finished after {settings.run.steps} steps")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}: is {value}, expected {low} to {high}")
+
+
+def _check_output(path: Path, *, make_parent: bool = False) -> None:
+    """Refuses an output that cannot be written before any work is done for it."""
+    if path.suffix.lower() != ".png" and not make_parent:
+        raise ValueError(f"--out: {path} does not end in .png")
+    if make_parent:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out: no permission to write in {path.parent}")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: is {name!r}, expected 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device: is {name!r}, but torch sees {count} CUDA devices")
+    elif device.type != "cpu":
+        raise ValueError(f"--device: is {name!r}, expected 'auto', 'cpu' or 'cuda'")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known = {
+        "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+    }  # fmt: skip
+    if name not in known:
+        raise ValueError(f"--dtype: is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
+
+
+def _read_picture(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from error
+    if image.width < 8 or image.height < 8:
+        raise ValueError(f"{path}: is {image.width}x{image.height}, expected at least 8x8 pixels")
+    return image
+
+
+def _save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from t2p_fast.checkpoints import write_atomically
+
+    metadata = PngInfo()
+    metadata.add_itxt("t2p_fast", json.dumps(parameters, ensure_ascii=False))
+    write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=metadata))
+
+
+def _grid(images: list[Image.Image], scale: int) -> Image.Image:
+    """Pictures in rows of about the square root of their number."""
+    from PIL import Image
+
+    columns = max(1, round(len(images) ** 0.5 + 0.49))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    if scale > 1:
+        size = (sheet.width * scale, sheet.height * scale)
+        sheet = sheet.resize(size, Image.Resampling.NEAREST)
+    return sheet
+
+
+def _token_map(indices: Any, factor: int) -> Image.Image:
+    """A colour per token: hues a golden angle apart, so that near numbers look different."""
+    import numpy as np
+    from PIL import Image
+
+    hue = (indices * 0.61803398875 % 1 * 255).astype(np.uint8)
+    light = (155 + indices * 37 % 100).astype(np.uint8)
+    array = np.stack([hue, np.full_like(hue, 150), light], -1)
+    image = Image.fromarray(array, "HSV").convert("RGB")
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+@contextmanager
+def _progress(what: str, total: int, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr if that is a terminal."""
+    if not (enabled and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``t2p-fast``."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    try:
+        code = app(args=arguments or ["--help"], standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except _UsageError as error:
+        code = _fail(error.format_message())
+    except (ValueError, TypeError, OSError) as error:
+        code = _fail(str(error))
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"t2p-fast: error: {' '.join(message.split())}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of pictures with captions in ``metadata.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+class FolderSample(NamedTuple):
+    """A picture ``[size, size, 3]`` uint8 and its caption."""
+
+    image: NDArray[np.uint8]
+    caption: str
+
+
+class CaptionedFolder:
+    """Pictures by index, centre-cropped to a square and resized.
+
+    ``metadata.jsonl`` has one JSON object a line with ``file_name``, relative to the folder, and
+    ``text``: the layout of the ``imagefolder`` datasets of the hub.
+
+    Raises:
+        ValueError: if the folder, a line or a picture is unreadable; the message names it.
+    """
+
+    def __init__(self, folder: str | Path, *, size: int = 64) -> None:
+        self.folder = Path(folder)
+        self.size = size
+        path = self.folder / "metadata.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a readable file ({error})") from error
+        self.entries: list[tuple[str, str]] = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                self.entries.append((str(entry["file_name"]), str(entry["text"])))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is not an object with file_name and text"
+                ) from error
+        if not self.entries:
+            raise ValueError(f"{path}: names no pictures")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> FolderSample:
+        name, caption = self.entries[index]
+        path = self.folder / name
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: not a readable picture ({error})") from error
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize(
+            (self.size, self.size),
+            Image.Resampling.LANCZOS,
+            box=(left, top, left + side, top + side),
+        )
+        return FolderSample(np.asarray(image), caption)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muse: a transformer that fills in masked picture tokens under a text prompt.
+
+H. Chang et al., "Muse: Text-To-Image Generation via Masked Generative Transformers", 2023,
+arXiv 2301.00704. Decoding is that of MaskGIT (H. Chang et al., CVPR 2022, arXiv 2202.04200).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2p_fast.checkpoints import PretrainedModel
+from t2p_fast.models.text_encoder import TextEncoding
+
+
+@dataclass(frozen=True)
+class MuseConfig:
+    """Architecture of a :class:`Muse`.
+
+    Attributes:
+        vocab_size: number of picture tokens ``V``; the mask is token ``V``.
+        token_grid: tokens along a side, so ``n = token_grid ** 2``.
+        text_embed_dim: length of the text embeddings.
+    """
+
+    vocab_size: int = 1024
+    token_grid: int = 8
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    text_embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"MuseConfig: hidden_size is {self.hidden_size}, expected a multiple of "
+                f"num_heads, {self.num_heads}"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        return self.token_grid**2
+
+    @property
+    def mask_token(self) -> int:
+        return self.vocab_size
+
+
+class MuseLayer(nn.Module):
+    """Self-attention, cross-attention to the text, and an MLP, each behind a layer norm."""
+
+    def __init__(self, config: MuseConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_q = nn.Linear(width, width)
+        self.cross_kv = nn.Linear(config.text_embed_dim, 2 * width)
+        self.cross_proj = nn.Linear(width, width)
+        self.norm3 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
+        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        q, k, v = self._heads(self.qkv(self.norm1(x)), 3)
+        x = x + self.proj(self._merge(F.scaled_dot_product_attention(q, k, v)))
+        (q,) = self._heads(self.cross_q(self.norm2(x)), 1)
+        k, v = self._heads(self.cross_kv(text), 2)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)
+        x = x + self.cross_proj(self._merge(h))
+        return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        b, length, width = x.shape
+        heads = x.view(b, length, parts, self.num_heads, width // (parts * self.num_heads))
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def _merge(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+class Muse(PretrainedModel):
+    """Logits for every picture token from the tokens that are known and a text."""
+
+    config_class = MuseConfig
+    config: MuseConfig
+
+    def __init__(self, config: MuseConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_embedding = nn.Embedding(config.vocab_size + 1, width)
+        self.row_embedding = nn.Parameter(torch.empty(config.token_grid, 1, width))
+        self.column_embedding = nn.Parameter(torch.empty(1, config.token_grid, width))
+        self.layers = nn.ModuleList(MuseLayer(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.vocab_size)
+        for parameter in (self.token_embedding.weight, self.row_embedding, self.column_embedding):
+            nn.init.normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("proj.weight", "fc2.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(3 * config.num_layers))
+            elif name.endswith(("qkv.weight", "q.weight", "kv.weight", "fc1.weight")):
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor, text: TextEncoding) -> Tensor:
+        """Predicts all tokens.
+
+        Args:
+            tokens: ``[b, n]`` int64 in ``[0, V]``, where ``V`` is the mask.
+            text: the encoded prompts, ``[b, l, text_embed_dim]``.
+
+        Returns:
+            Logits ``[b, n, V]``.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.config.sequence_length:
+            raise ValueError(
+                f"Muse: tokens are {list(tokens.shape)}, expected [b, "
+                f"{self.config.sequence_length}]"
+            )
+        position = (self.row_embedding + self.column_embedding).flatten(0, 1)
+        x = self.token_embedding(tokens) + position
+        mask = text.mask[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, text.embeddings, mask)
+        return self.head(self.norm_out(x))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        text: TextEncoding,
+        negative: TextEncoding | None = None,
+        *,
+        steps: int = 16,
+        guidance: float = 3.0,
+        temperature: float = 1.0,
+        choice_temperature: float = 4.5,
+        known: Tensor | None = None,
+        generators: list[torch.Generator] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Fills in all masked tokens in ``steps`` rounds of predicting and re-masking.
+
+        Args:
+            text: the encoded prompts, ``b`` of them.
+            negative: encoded prompts to steer away from, usually of ``""``; needed if
+                ``guidance`` is not 0.
+            steps: number of rounds, at least 1.
+            guidance: final scale ``t`` of classifier-free guidance, ``(1 + t) l_c - t l_u``
+                (Muse, section 2.7); it rises linearly over the rounds.
+            temperature: of the token distribution; 0 takes the most likely tokens.
+            choice_temperature: of the Gumbel noise on the confidences; it falls linearly.
+            known: ``[b, n]`` int64, tokens to keep, with the mask token where to fill in;
+                ``None`` fills in everything.
+            generators: one per picture, so that a picture does not depend on its batch.
+            on_step: called after every round with its number and the tokens so far.
+
+        Returns:
+            Tokens ``[b, n]``.
+        """
+        b, n = text.embeddings.shape[0], self.config.sequence_length
+        mask_token = self.config.mask_token
+        if known is None:
+            known = torch.full((b, n), mask_token, device=self.device)
+        if steps < 1:
+            raise ValueError(f"Muse.generate: steps is {steps}, expected at least 1")
+        if known.shape != (b, n) or known.min() < 0 or known.max() > mask_token:
+            raise ValueError(
+                f"Muse.generate: known is {list(known.shape)} with values {int(known.min())} to "
+                f"{int(known.max())}, expected [{b}, {n}] with values 0 to {mask_token}"
+            )
+        both = text
+        if guidance != 0:
+            if negative is None:
+                raise ValueError("Muse.generate: guidance needs negative, usually of ''")
+            both = concatenate(text, negative)
+        tokens = known.clone()
+        masked_at_start = (known == mask_token).sum(1)
+        for step in range(steps):
+            unknown = tokens == mask_token
+            if guidance != 0:
+                scale = guidance * (step + 1) / steps
+                conditional, unconditional = self(tokens.repeat(2, 1), both).float().chunk(2)
+                logits = conditional + scale * (conditional - unconditional)
+            else:
+                logits = self(tokens, both).float()
+            sampled, log_probability = sample_tokens(logits, temperature, generators)
+            tokens = torch.where(unknown, sampled, tokens)
+            if step + 1 < steps:
+                count = mask_counts(step, steps, masked_at_start, unknown.sum(1))
+                confidence = log_probability + choice_temperature * (
+                    1 - (step + 1) / steps
+                ) * gumbel(log_probability, generators)
+                remask = least_confident(confidence, unknown, count)
+                tokens = tokens.masked_fill(remask, mask_token)
+            if on_step is not None:
+                on_step(step, tokens)
+        return tokens
+
+
+def concatenate(a: TextEncoding, b: TextEncoding) -> TextEncoding:
+    """Stacks two batches of encodings, padding the shorter texts."""
+    length = max(a.mask.shape[1], b.mask.shape[1])
+    pad_a, pad_b = length - a.mask.shape[1], length - b.mask.shape[1]
+    return TextEncoding(
+        torch.cat([F.pad(a.embeddings, (0, 0, 0, pad_a)), F.pad(b.embeddings, (0, 0, 0, pad_b))]),
+        torch.cat([F.pad(a.mask, (0, pad_a)), F.pad(b.mask, (0, pad_b))]),
+    )
+
+
+def mask_counts(step: int, steps: int, masked_at_start: Tensor, unknown: Tensor) -> Tensor:
+    """How many tokens stay masked after round ``step`` of ``steps``, per picture ``[b]``.
+
+    The cosine schedule of MaskGIT, with its floor and clamps:
+    ``max(1, min(unknown - 1, floor(N cos(pi / 2 (step + 1) / steps))))``; a picture with nothing
+    left to fill in keeps 0.
+    """
+    share = min(max(math.cos(math.pi / 2 * (step + 1) / steps), 1e-6), 1.0)
+    count = (masked_at_start.double() * share).floor().long()
+    return torch.minimum(count, unknown - 1).clamp_min(1).minimum(unknown)
+
+
+def sample_tokens(
+    logits: Tensor, temperature: float, generators: list[torch.Generator] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws a token per position from ``softmax(logits / temperature)`` by Gumbel-max.
+
+    Args:
+        logits: ``[b, n, V]``.
+
+    Returns:
+        The tokens ``[b, n]`` and their log-probabilities at temperature 1, ``[b, n]``.
+    """
+    noisy = logits + temperature * gumbel(logits, generators) if temperature > 0 else logits
+    tokens = noisy.argmax(-1)
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return tokens, chosen - logits.logsumexp(-1)
+
+
+def gumbel(like: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+    """Standard Gumbel noise in the shape of ``like``; row ``i`` from ``generators[i]``."""
+    if generators is None:
+        uniform = torch.rand_like(like)
+    else:
+        # Drawn on the generator's device, so that a seed means the same picture on any device.
+        uniform = torch.stack(
+            [torch.rand(like.shape[1:], generator=g, device=g.device) for g in generators]
+        ).to(like.device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+
+
+def least_confident(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
+    """Marks the ``count[b]`` least confident unknown positions, ``[b, n]`` bool."""
+    order = confidence.masked_fill(~unknown, torch.inf).argsort(1).argsort(1)
+    return (order < count[:, None]) & unknown
+
+
+def random_mask(tokens: Tensor, mask_token: int) -> tuple[Tensor, Tensor]:
+    """Masks tokens as in training: a share ``cos(pi / 2 u)``, ``u ~ U(0, 1)``, per picture.
+
+    Args:
+        tokens: ``[b, n]``.
+
+    Returns:
+        The masked tokens and where they are masked (at least one position), both ``[b, n]``.
+    """
+    b, n = tokens.shape
+    share = torch.cos(math.pi / 2 * torch.rand(b, device=tokens.device))
+    count = (share * n).round().clamp_min(1)
+    order = torch.rand(b, n, device=tokens.device).argsort(1).argsort(1)
+    masked = order < count[:, None]
+    return tokens.masked_fill(masked, mask_token), masked

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to embeddings: the protocol, and a small transformer that is trained with its generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from t2p_fast.checkpoints import CheckpointError, PretrainedModel, resolve_folder, write_atomically
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+class TextEncoding(NamedTuple):
+    """Embedded prompts."""
+
+    embeddings: Tensor  # [b, l, e]
+    mask: Tensor  # [b, l] bool, False on padding
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a generator needs of a text encoder; ``""`` must encode to at least one position."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Length ``e`` of the embeddings."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> TextEncoding:
+        """Embeds prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    """Architecture of a :class:`TextTransformer`."""
+
+    vocab_size: int = 512
+    max_length: int = 40
+    hidden_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 4
+
+
+class TextTransformer(PretrainedModel):
+    """A bidirectional pre-norm transformer over byte-pair tokens."""
+
+    config_class = TextTransformerConfig
+    config: TextTransformerConfig
+
+    def __init__(self, config: TextTransformerConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config)
+        self.tokenizer = tokenizer
+        width = config.hidden_size
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(config.max_length, width))
+        self.layers = nn.ModuleList(
+            _TextLayer(width, config.num_heads) for _ in range(config.num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts to ids ``[b, l]`` and a mask that is False on padding.
+
+        Raises:
+            ValueError: if a prompt has more than ``max_length`` tokens.
+        """
+        if self.tokenizer is None:
+            raise ValueError("TextTransformer: has no tokenizer, give one to the constructor")
+        encodings = self.tokenizer.encode_batch(list(prompts))
+        length = max(len(e.ids) for e in encodings)
+        if length > self.config.max_length:
+            long = max(zip(encodings, prompts, strict=True), key=lambda pair: len(pair[0].ids))[1]
+            raise ValueError(
+                f"TextTransformer: the prompt {long!r} has {length} tokens, at most "
+                f"{self.config.max_length} are allowed"
+            )
+        ids = torch.zeros(len(encodings), length, dtype=torch.int64)
+        mask = torch.zeros(len(encodings), length, dtype=torch.bool)
+        for row, encoding in enumerate(encodings):
+            ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
+            mask[row, : len(encoding.ids)] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids ``[b, l]`` and mask to embeddings ``[b, l, hidden_size]``."""
+        x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None, :])
+        return self.norm_out(x)
+
+    def encode(self, prompts: Sequence[str]) -> TextEncoding:
+        ids, mask = self.tokenize(prompts)
+        return TextEncoding(self(ids, mask), mask)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        super().save_pretrained(folder, dtype=dtype)
+        if self.tokenizer is not None:
+            text = self.tokenizer.to_str(pretty=True)
+            write_atomically(
+                Path(folder) / TOKENIZER_NAME,
+                lambda temporary: temporary.write_text(text, encoding="utf-8"),
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        subfolder: str = "",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        folder = resolve_folder(name, revision=revision)
+        model = super().from_pretrained(folder, subfolder=subfolder, dtype=dtype, device=device)
+        path = folder / subfolder / TOKENIZER_NAME
+        try:
+            model.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
+        return model
+
+
+class _TextLayer(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        b, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.proj(h.transpose(1, 2).reshape(b, length, width))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding of lower-cased words, learned from captions.
+
+    Bytes are the alphabet, so no prompt has an unknown word; every prompt ends in ``[END]``.
+    """
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["[PAD]", "[END]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [END]", special_tokens=[("[END]", tokenizer.token_to_id("[END]"))]
+    )
+    return tokenizer

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt in, pictures out."""
+
+from t2p_fast.pipelines.muse import MuseOutput, MusePipeline
+
+__all__ = ["MuseOutput", "MusePipeline"]

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to pictures with Muse: a text encoder, masked decoding of tokens, a token decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from typing_extensions import Self
+
+from t2p_fast.checkpoints import resolve_folder
+from t2p_fast.models.muse import Muse
+from t2p_fast.models.text_encoder import TextEncoder, TextTransformer
+from t2p_fast.models.vqgan import VQGAN
+
+
+@dataclass(frozen=True)
+class MuseOutput:
+    """What :class:`MusePipeline` returns.
+
+    Attributes:
+        images: one per prompt and picture.
+        tokens: ``[b, n]``, the picture tokens.
+        seeds: the seed of each picture.
+        timings: seconds per stage, ``text``, ``tokens`` and ``decode``.
+    """
+
+    images: list[Image.Image]
+    tokens: Tensor
+    seeds: list[int]
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class MusePipeline:
+    """Draws pictures from prompts; each of its three models can be replaced.
+
+    Args:
+        text_encoder: anything that follows the ``TextEncoder`` protocol.
+        muse: the masked transformer.
+        vqgan: the tokenizer whose tokens it was trained on.
+    """
+
+    def __init__(self, text_encoder: TextEncoder, muse: Muse, vqgan: VQGAN) -> None:
+        if text_encoder.embed_dim != muse.config.text_embed_dim:
+            raise ValueError(
+                f"MusePipeline: text_encoder makes embeddings of {text_encoder.embed_dim}, but "
+                f"muse takes {muse.config.text_embed_dim}"
+            )
+        tokens = (vqgan.config.num_vq_embeddings, vqgan.config.token_grid)
+        if tokens != (muse.config.vocab_size, muse.config.token_grid):
+            raise ValueError(
+                f"MusePipeline: vqgan has {tokens[0]} tokens on a grid of {tokens[1]}, but muse "
+                f"has {muse.config.vocab_size} on a grid of {muse.config.token_grid}"
+            )
+        self.text_encoder = text_encoder
+        self.muse = muse
+        self.vqgan = vqgan
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "embedded",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        """Loads a pipeline.
+
+        Args:
+            name: ``"embedded"`` (the weights in this package), a folder that holds
+                ``text_encoder``, ``muse`` and ``vqgan``, or a repository on the hub.
+            dtype: of the weights and of the computation.
+            device: where it runs.
+            revision: branch, tag or commit of the hub repository.
+
+        Raises:
+            CheckpointError: if files are missing, damaged, or belong to other models.
+        """
+        folder = resolve_folder(name, revision=revision)
+        return cls(
+            TextTransformer.from_pretrained(
+                folder, subfolder="text_encoder", dtype=dtype, device=device
+            ),
+            Muse.from_pretrained(folder, subfolder="muse", dtype=dtype, device=device),
+            VQGAN.from_pretrained(folder, subfolder="vqgan", dtype=dtype, device=device),
+        )
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves all models."""
+        for model in (self.text_encoder, self.muse, self.vqgan):
+            if isinstance(model, torch.nn.Module):
+                model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        num_images: int = 1,
+        steps: int = 16,
+        guidance: float = 3.0,
+        temperature: float = 1.0,
+        choice_temperature: float = 4.5,
+        seed: int | None = None,
+        image: Image.Image | None = None,
+        mask: NDArray[np.bool_] | Tensor | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> MuseOutput:
+        """Draws ``num_images`` pictures of each prompt.
+
+        Args:
+            prompt: one prompt or several.
+            negative_prompt: what to steer away from.
+            num_images: pictures per prompt.
+            steps: rounds of mask-predict.
+            guidance: final classifier-free guidance scale, ``(1 + t) c - t u``; 0 is none.
+            temperature: of the token distribution; 0 always takes the most likely token.
+            choice_temperature: of the choice which tokens to keep; 0 keeps the most confident.
+            seed: picture ``i`` is drawn with ``seed + i``, whatever its batch; ``None`` draws a
+                seed, which the result names.
+            image, mask: a picture to inpaint, and which tokens of its grid to draw anew,
+                ``[grid, grid]`` bool; both or none.
+            on_step: called after every round with its number and the tokens so far.
+
+        Raises:
+            ValueError: naming the argument that is wrong.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError(f"MusePipeline: prompt is {prompt!r}, expected a text that says something")
+        for name, value, low in (
+            ("num_images", num_images, 1),
+            ("steps", steps, 1),
+            ("guidance", guidance, 0),
+            ("temperature", temperature, 0),
+            ("choice_temperature", choice_temperature, 0),
+        ):
+            if not low <= value < float("inf"):
+                raise ValueError(f"MusePipeline: {name} is {value}, expected at least {low}")
+        if seed is None:
+            seed = int(torch.randint(1 << 31, ()).item())
+        if not 0 <= seed < 1 << 62:
+            raise ValueError(f"MusePipeline: seed is {seed}, expected 0 <= seed < 2**62")
+        prompts = [p for p in prompts for _ in range(num_images)]
+        seeds = [seed + i for i in range(len(prompts))]
+        known = self._known_tokens(image, mask, len(prompts))
+
+        start = time.perf_counter()
+        text = self.text_encoder.encode(prompts)
+        negative = self.text_encoder.encode([negative_prompt] * len(prompts))
+        encoded = time.perf_counter()
+        tokens = self.muse.generate(
+            text,
+            negative,
+            steps=steps,
+            guidance=guidance,
+            temperature=temperature,
+            choice_temperature=choice_temperature,
+            known=known,
+            generators=[torch.Generator().manual_seed(s) for s in seeds],
+            on_step=on_step,
+        )
+        # Reading one token waits for an accelerator, so that the clock is honest.
+        tokens[0, 0].item()
+        generated = time.perf_counter()
+        images = self.decode(tokens)
+        decoded = time.perf_counter()
+        timings = {
+            "text": encoded - start,
+            "tokens": generated - encoded,
+            "decode": decoded - generated,
+        }
+        return MuseOutput(images, tokens, seeds, timings)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> list[Image.Image]:
+        """Tokens ``[b, n]`` to pictures."""
+        grid = self.vqgan.config.token_grid
+        pictures = self.vqgan.decode_indices(tokens.view(-1, grid, grid))
+        scaled = (pictures.float().clamp(-1, 1) + 1) * 127.5
+        arrays = scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+
+    def _known_tokens(
+        self, image: Image.Image | None, mask: NDArray[np.bool_] | Tensor | None, count: int
+    ) -> Tensor | None:
+        if image is None and mask is None:
+            return None
+        if image is None or mask is None:
+            raise ValueError("MusePipeline: image and mask go together, one is None")
+        size, grid = self.vqgan.config.sample_size, self.vqgan.config.token_grid
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != (grid, grid):
+            raise ValueError(
+                f"MusePipeline: mask is {list(mask.shape)} {mask.dtype}, expected "
+                f"[{grid}, {grid}] torch.bool"
+            )
+        if image.size != (size, size):
+            raise ValueError(
+                f"MusePipeline: image is {image.width}x{image.height}, expected {size}x{size}"
+            )
+        array = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        picture = (array.float() / 127.5 - 1)[None].to(self.vqgan.device, self.vqgan.dtype)
+        tokens = self.vqgan.encode_to_indices(picture).flatten(1)
+        mask = mask.flatten().to(tokens.device)
+        return tokens.masked_fill(mask, self.muse.config.mask_token).repeat(count, 1)

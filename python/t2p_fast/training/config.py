@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of training runs: JSON files, with the shipped recipes by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from t2p_fast.checkpoints.pretrained import config_from_dict
+from t2p_fast.models.feature_encoder import FeatureEncoderConfig
+from t2p_fast.models.muse import MuseConfig
+from t2p_fast.models.text_encoder import TextTransformerConfig
+from t2p_fast.models.vqgan import VQGANConfig
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and captions come from.
+
+    Attributes:
+        source: ``"scenes"``, or a folder of pictures with captions in ``metadata.jsonl``.
+        vocabulary: which scenes.
+        leaves: share of the pictures that are dead leaves (for tokenizers; no captions).
+        size: side of the pictures in pixels.
+    """
+
+    source: str = "scenes"
+    vocabulary: str = "simple"
+    leaves: float = 0.0
+    size: int = 64
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has in common.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: pictures per step and process.
+        learning_rate: reached after ``warmup_steps``, held, then lowered to zero linearly over
+            the last ``decay_steps``.
+        ema_decay: of the averaged weights that are evaluated and saved; 0 keeps none.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        log_every, save_every, sample_every: in steps.
+        num_workers: processes that make batches; 0 makes them in the training process.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_steps: int = 200
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "bf16"
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 200
+    sample_every: int = 500
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, expected at least 1")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"run.mixed_precision is {self.mixed_precision!r}, expected 'no', 'bf16' or 'fp16'"
+            )
+
+
+@dataclass(frozen=True)
+class VQGANLossConfig:
+    """Weights of the tokenizer's losses.
+
+    Attributes:
+        l1, l2: of the reconstruction.
+        perceptual: of the feature distance.
+        features: feature encoder for it, a folder or ``"embedded"``.
+        adversarial: of the patch discriminator, times the adaptive weight.
+        adversarial_start: step at which it begins.
+        quantize_start: step at which quantisation begins, with the codes placed by k-means on
+            latents that already mean something; until then the model is an autoencoder.
+        kmeans_pictures: how many pictures that k-means sees.
+        initialize_from: a trained tokenizer, a folder, whose encoder and decoder this one starts
+            from; the codebook is placed anew, and may have another size. Empty for none.
+        dead_code_threshold: see ``nn.VectorQuantizer``; codes are revived in the first half only,
+            since a late revival only duplicates codes.
+    """
+
+    l1: float = 0.5
+    l2: float = 1.0
+    perceptual: float = 0.05
+    features: str = "embedded"
+    adversarial: float = 0.1
+    adversarial_start: int = 1000
+    quantize_start: int = 200
+    kmeans_pictures: int = 1024
+    initialize_from: str = ""
+    dead_code_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class VQGANTraining:
+    """A run of ``t2p-fast train vqgan``."""
+
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    loss: VQGANLossConfig = field(default_factory=VQGANLossConfig)
+
+
+@dataclass(frozen=True)
+class MuseLossConfig:
+    """How Muse is trained.
+
+    Attributes:
+        vqgan: the tokenizer, a folder or ``"embedded"``.
+        text_drop: share of the prompts that are replaced by ``""`` (10 % in the paper).
+        label_smoothing: of the cross-entropy.
+    """
+
+    vqgan: str = "embedded"
+    text_drop: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class MuseTraining:
+    """A run of ``t2p-fast train muse``."""
+
+    model: MuseConfig = field(default_factory=MuseConfig)
+    text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    loss: MuseLossConfig = field(default_factory=MuseLossConfig)
+
+
+@dataclass(frozen=True)
+class FeatureEncoderTraining:
+    """A run of ``t2p-fast train features``."""
+
+    model: FeatureEncoderConfig = field(default_factory=FeatureEncoderConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(vocabulary="full"))
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+TRAININGS: dict[str, type[Any]] = {
+    "vqgan": VQGANTraining,
+    "muse": MuseTraining,
+    "features": FeatureEncoderTraining,
+}
+
+
+def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Reads the configuration of a run.
+
+    Args:
+        kind: ``"vqgan"``, ``"muse"`` or ``"features"``.
+        name: a JSON file, or the name of a shipped recipe (``"embedded"``).
+        overrides: ``"section.option=value"``, with values in JSON.
+
+    Raises:
+        ValueError: naming the file, section and option that is wrong.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        path = RECIPES / f"{kind}-{name}.json"
+        if not path.exists():
+            known = sorted(p.stem.removeprefix(f"{kind}-") for p in RECIPES.glob(f"{kind}-*.json"))
+            raise ValueError(
+                f"train {kind}: config is {str(name)!r}, expected a .json file or one of {known}"
+            )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        section, dot, option = key.partition(".")
+        if not separator or not dot:
+            raise ValueError(f"train {kind}: {override!r} is not of the form section.option=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        values.setdefault(section, {})[option] = value
+    return config_from_values(kind, values, str(path))
+
+
+def config_from_values(kind: str, values: dict[str, Any], source: str) -> Any:
+    """Builds the configuration of a run from nested dictionaries."""
+    training = TRAININGS[kind]
+    sections = {f.name: f for f in dataclasses.fields(training)}
+    unknown = sorted(values.keys() - sections.keys())
+    if unknown:
+        raise ValueError(
+            f"{source}: unknown section {unknown[0]!r}, known are {', '.join(sections)}"
+        )
+    built = {}
+    for name, section in sections.items():
+        default = section.default_factory()  # type: ignore[misc]
+        merged = {**dataclasses.asdict(default), **values.get(name, {})}
+        built[name] = config_from_dict(type(default), merged, f"{source}: {name}")
+    return training(**built)
