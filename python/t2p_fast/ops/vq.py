@@ -40,20 +40,20 @@ def _without_channels(x: Tensor, channel_dim: int) -> list[int]:
 
 
 def _nearest(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    indices, distance = _nearest_fake(x, codebook, channel_dim)
+    distance, indices = _nearest_fake(x, codebook, channel_dim)
     (k, d), codes = codebook.shape, codebook.contiguous()
     size = _C.vq_workspace_size(indices.numel(), k, d) if x.is_cuda else 0
     workspace = x.new_empty(size)
     rows, threads = _as_rows(x, channel_dim), torch.get_num_threads()
     _C.vq_nearest(rows, codes, workspace, indices, distance, threads)
-    return indices, distance
+    return distance, indices
 
 
 def _nearest_fake(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     if codebook.ndim != 2:
         raise ValueError(f"vq_nearest: codebook must be [k, d], got {list(codebook.shape)}")
     shape = _without_channels(x, channel_dim)
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
 def _lookup(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
@@ -102,7 +102,7 @@ def _quantize(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    indices, distance = _nearest(x, codebook, channel_dim)
+    distance, indices = _nearest(x, codebook, channel_dim)
     quantized, loss = _empty_like_rows(x, channel_dim), x.new_empty([])
     rows, threads = _as_rows(quantized, channel_dim), torch.get_num_threads()
     _C.vq_lookup(indices, codebook.contiguous(), rows, threads)
@@ -122,7 +122,7 @@ def _quantize_fake(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    indices, _ = _nearest_fake(x, codebook, channel_dim)
+    _, indices = _nearest_fake(x, codebook, channel_dim)
     k, d = codebook.shape
     counts, sums = x.new_empty([k if statistics else 0]), x.new_empty([k if statistics else 0, d])
     return _empty_like_rows(x, channel_dim), indices, x.new_empty([]), counts, sums
@@ -133,12 +133,12 @@ def _quantize_fake(
 
 def _nearest_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, codebook, ctx.channel_dim = inputs
-    indices, _ = output
+    _, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, codebook, indices)
 
 
-def _nearest_backward(ctx: Any, _: None, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
     # distance_i = |x_i - c_j|^2 with j = indices_i
     x, codebook, indices = ctx.saved_tensors
     codes = _vq_lookup(indices, codebook, ctx.channel_dim)
@@ -199,8 +199,8 @@ def _nearest_vmap(
         )
         for b in range(info.batch_size)
     ]
-    indices, distance = zip(*results, strict=True)
-    return (torch.stack(indices), torch.stack(distance)), (0, 0)
+    distance, indices = zip(*results, strict=True)
+    return (torch.stack(distance), torch.stack(indices)), (0, 0)
 
 
 def _lookup_vmap(
@@ -317,7 +317,7 @@ def vq_nearest(
     check_choice("vq_nearest", "metric", metric, _METRICS)
     dim = _check_x("vq_nearest", x, channel_dim)
     x, codebook = under_autocast(x, codebook)
-    indices, distance = _vq_nearest(x, codebook, dim)
+    distance, indices = _vq_nearest(x, codebook, dim)
     return (indices, distance) if return_distance else indices
 
 
@@ -443,14 +443,14 @@ def kmeans(
         check_choice("kmeans", "init", init, ("random", "kmeans++"))
         centroids = x[_initial_rows(x, k, init == "kmeans++", generator)]
     for _ in range(iterations):
-        indices, distance = _vq_nearest(x, centroids, 1)
+        distance, indices = _vq_nearest(x, centroids, 1)
         counts, sums = _vq_accumulate(x, indices, k, 1)
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
         empty = (counts == 0).nonzero().flatten()[: x.shape[0]]
         if len(empty):
             farthest = distance.argsort(descending=True, stable=True)
             centroids[empty] = x[farthest[: len(empty)]]
-    indices, distance = _vq_nearest(x, centroids, 1)
+    distance, indices = _vq_nearest(x, centroids, 1)
     return KMeansResult(centroids, indices, distance.sum())
 
 
@@ -464,6 +464,6 @@ def _initial_rows(x: Tensor, k: int, plus_plus: bool, generator: torch.Generator
     for j, u in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).tolist()):
         cumulative = distance.cumsum(0)
         chosen[j] = torch.searchsorted(cumulative, cumulative[-1:] * u, right=True).clamp(max=n - 1)
-        _, to_new = _vq_nearest(x, x[chosen[j]][None], 1)
+        to_new, _ = _vq_nearest(x, x[chosen[j]][None], 1)
         distance = to_new.double() if j == 0 else torch.minimum(distance, to_new)
     return chosen

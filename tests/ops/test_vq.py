@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vector quantisation against the float64 reference. Distances are compared, not indices."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from t2p_fast import reference
+from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+# Sizes about the edges of tiles (8), panels (8, 24, 48), blocks (64, 256) and vectors (16).
+CASES = [
+    (1, 1, 1), (5, 3, 2), (63, 47, 17), (64, 48, 16), (65, 49, 15), (257, 1000, 8),
+    (300, 100, 256), (7, 5000, 33), (1000, 64, 3), (9, 100, 1030), (3, 20, 4096),
+]  # fmt: skip
+
+
+def _case(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+
+
+def _assert_nearest(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor) -> None:
+    """The chosen codes are nearest in float64, the distances theirs to float32 rounding."""
+    assert indices.dtype == torch.int64
+    assert ((indices >= 0) & (indices < len(codebook))).all()
+    x64, codes64 = x.double().cpu(), codebook.double().cpu()
+    _, best = reference.vq_nearest(x64, codes64, return_distance=True)
+    chosen = (x64 - codes64[indices.cpu()]).square().sum(-1)
+    # Two float64 sums of d terms in different orders.
+    torch.testing.assert_close(chosen, best, rtol=x.shape[-1] * 2.0**-52, atol=0)
+    torch.testing.assert_close(distance.double().cpu(), best, rtol=2.0**-22, atol=1e-44)
+
+
+@pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
+def test_nearest_is_exact(n: int, k: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 300),
+    k=st.integers(1, 400),
+    d=st.integers(1, 70),
+    scale=st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e4, 1e15]),
+    offset=st.sampled_from([0.0, 1.0, -1e4]),
+    grid=st.booleans(),
+    duplicates=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_nearest_is_exact_everywhere(
+    n: int, k: int, d: int, scale: float, offset: float, grid: bool, duplicates: bool, seed: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    x, codebook = _case(n, k, d, seed)
+    if grid:  # exact ties
+        x, codebook = x.round(), codebook.round()
+    if duplicates:
+        codebook = codebook[torch.arange(k) // 3]
+    x, codebook = (x * scale + offset).to(device), (codebook * scale + offset).to(device)
+    assume(n > 0)
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+def test_nearest_far_from_the_origin(device: torch.device) -> None:
+    x, codebook = (1e4 + t.to(device) for t in _case(512, 1024, 64))
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+def test_nearest_with_tiny_codes(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(512, 2048, 64))
+    codebook = codebook / 2048 / 4
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+def test_nearest_with_clusters_far_apart(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(100, 300, 16))
+    x[::2] += 1e6
+    codebook[::2] += 1e6
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+def test_nearest_of_huge_values(device: torch.device) -> None:
+    x, codebook = (t.to(device) * 5e37 for t in _case(100, 200, 8))
+    indices, distance = vq_nearest(x, codebook, return_distance=True)
+    chosen = (x.double() - codebook.double()[indices]).square().sum(-1)
+    _, best = reference.vq_nearest(x.double(), codebook.double(), return_distance=True)
+    torch.testing.assert_close(chosen, best, rtol=1e-14, atol=0)
+    assert distance.isinf().all()  # 1e75 is beyond float32
+
+
+def test_nearest_ties_go_to_the_lowest_index(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(100, 7, 24))
+    repeated = codebook.repeat(100, 1)
+    assert torch.equal(vq_nearest(x, repeated), vq_nearest(x, codebook))
+    assert (vq_nearest(x, torch.zeros(500, 24, device=device)) == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nearest_of_rows_not_finite(bad: float, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(70, 100, 9))
+    clean = vq_nearest(x, codebook)
+    x[3, 4] = x[69, 0] = bad
+    indices, distance = vq_nearest(x, codebook, return_distance=True)
+    rows = torch.tensor([3, 69], device=device)
+    assert (indices[rows] == 0).all()
+    assert distance[rows].isnan().all()
+    others = torch.ones(70, dtype=torch.bool, device=device).index_fill(0, rows, False)
+    assert torch.equal(indices[others], clean[others])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nearest_never_chooses_a_code_not_finite(bad: float, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(70, 100, 9))
+    spoiled = codebook.clone()
+    spoiled[::3, 5] = bad
+    keep = torch.arange(100, device=device)[torch.arange(100, device=device) % 3 != 0]
+    assert torch.equal(vq_nearest(x, spoiled), keep[vq_nearest(x, codebook[keep])])
+    indices, distance = vq_nearest(x, torch.full_like(codebook, bad), return_distance=True)
+    assert (indices == 0).all()
+    assert distance.isinf().all()
+
+
+@pytest.mark.parametrize("k", [1, 500])
+def test_nearest_of_no_rows(k: int, device: torch.device) -> None:
+    codebook = torch.randn(k, 6, device=device)
+    assert vq_nearest(torch.empty(0, 6, device=device), codebook).shape == (0,)
+    images = torch.empty(2, 6, 0, 5, device=device)
+    quantized, indices, loss = vq_quantize(images, codebook, channel_dim=1)
+    assert quantized.shape == images.shape
+    assert indices.shape == (2, 0, 5)
+    assert loss == 0
+
+
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "sequence": (lambda x: x.reshape(2, 105, 12), -1),
+    "image": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 1, 2).contiguous(), 1),
+    "channels-last": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 1, 2), 1),
+    "transposed": (lambda x: x.t().contiguous().t(), 1),
+    "channels-first": (lambda x: x.t().contiguous(), 0),
+    "strided": (lambda x: torch.stack([x, x * 0], -1).flatten(1)[:, ::2], 1),
+    "expanded": (lambda x: x[:1].expand(210, 12), 1),
+    "swapped": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 2, 1), 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, device: torch.device) -> None:
+    arrange, dim = LAYOUTS[layout]
+    rows, codebook = (t.to(device) for t in _case(210, 33, 12))
+    x = arrange(rows)
+    plain = x.movedim(dim, -1).reshape(-1, 12).contiguous()
+    shape = x.movedim(dim, -1).shape[:-1]
+    indices = vq_nearest(x, codebook, channel_dim=dim)
+    assert torch.equal(indices, vq_nearest(plain, codebook).view(shape))
+    codes = vq_lookup(indices, codebook, channel_dim=dim)
+    assert torch.equal(codes, codebook[indices].movedim(-1, dim))
+    quantized, *_, counts, sums = vq_quantize(x, codebook, channel_dim=dim, return_statistics=True)
+    assert torch.equal(quantized, codes)
+    expected = vq_quantize(plain, codebook, return_statistics=True)
+    assert torch.equal(counts, expected[3])
+    assert torch.equal(sums, expected[4])
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_quantize_and_gradients(channel_dim: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    shape = (3, 11, 5, 4) if channel_dim == 1 else (60, 11)
+    x, codebook = torch.randn(shape, device=device), torch.randn(40, 11, device=device)
+    grad = torch.randn(shape, device=device)
+    results = {}
+    for name, op, dtype in (("ours", vq_quantize, torch.float32),
+                            ("truth", reference.vq_quantize, torch.float64)):  # fmt: skip
+        a = x.to(dtype, copy=True).requires_grad_()
+        c = codebook.to(dtype, copy=True).requires_grad_()
+        quantized, indices, loss, counts, sums = op(
+            a, c, beta=0.3, codebook_weight=0.7, channel_dim=channel_dim, return_statistics=True
+        )
+        ((quantized * grad).sum() + 2 * loss).backward()
+        results[name] = [quantized, indices, loss, counts, sums, a.grad, c.grad]
+    for ours, truth in zip(results["ours"], results["truth"], strict=True):
+        torch.testing.assert_close(ours, truth.to(ours.dtype), rtol=1e-5, atol=1e-6)
+    assert torch.equal(results["ours"][0], vq_lookup(indices, codebook, channel_dim=channel_dim))
+
+
+def test_quantize_gradient_far_from_the_origin(device: torch.device) -> None:
+    x, codebook = (1e4 + t.to(device) for t in _case(256, 16, 8))
+    codebook.requires_grad_()
+    vq_quantize(x, codebook)[2].backward()
+    truth = codebook.detach().double().requires_grad_()
+    reference.vq_quantize(x.double(), truth)[2].backward()
+    torch.testing.assert_close(codebook.grad.double(), truth.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_nearest_distance_gradient(device: torch.device) -> None:
+    x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
+    weight = torch.linspace(-1, 1, 50, device=device)
+    (vq_nearest(x, codebook, return_distance=True)[1] * weight).sum().backward()
+    x64, codes64 = (t.detach().double().requires_grad_() for t in (x, codebook))
+    (reference.vq_nearest(x64, codes64, return_distance=True)[1] * weight).sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(codebook.grad.double(), codes64.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_lookup_gradient(device: torch.device) -> None:
+    codebook = torch.randn(30, 6, device=device, requires_grad=True)
+    indices = torch.randint(0, 30, (4, 5, 3), device=device)
+    grad = torch.randn(4, 6, 5, 3, device=device)
+    vq_lookup(indices, codebook, channel_dim=1).backward(grad)
+    expected = torch.zeros(30, 6, dtype=torch.float64, device=device)
+    expected.index_add_(0, indices.flatten(), grad.movedim(1, -1).reshape(-1, 6).double())
+    torch.testing.assert_close(codebook.grad.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    x, codebook = _case(3000, 500, 24)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            runs.append(vq_quantize(x, codebook, return_statistics=True))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_opcheck(device: torch.device) -> None:
+    ops = torch.ops.t2p_fast
+    x = torch.randn(2, 6, 5, 3, device=device, requires_grad=True)
+    codebook = torch.randn(20, 6, device=device, requires_grad=True)
+    indices = torch.randint(0, 20, (2, 5, 3), device=device)
+    torch.library.opcheck(ops.vq_nearest.default, (x, codebook, 1))
+    torch.library.opcheck(ops.vq_lookup.default, (indices, codebook, 1))
+    torch.library.opcheck(ops.vq_accumulate.default, (x.detach(), indices, 20, 1))
+    for statistics in (False, True):
+        torch.library.opcheck(ops.vq_quantize.default, (x, codebook, 0.25, 1.0, 1, statistics))
+
+
+def test_compile(device: torch.device) -> None:
+    def step(x: Tensor, codebook: Tensor) -> Tensor:
+        quantized, indices, loss = vq_quantize(x, codebook, channel_dim=1)
+        return (quantized.sin() + vq_lookup(indices, codebook, channel_dim=1)).sum() + loss
+
+    x = torch.randn(2, 8, 5, 4, device=device, requires_grad=True)
+    codebook = torch.randn(16, 8, device=device, requires_grad=True)
+    expected = torch.autograd.grad(step(x, codebook), (x, codebook))
+    compiled = torch.autograd.grad(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(x, codebook), (x, codebook)
+    )
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_autocast_computes_in_float32(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(40, 30, 8))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        quantized, indices, loss = vq_quantize(x.bfloat16(), codebook)
+        assert vq_lookup(indices, codebook.bfloat16()).dtype == torch.float32
+    assert quantized.dtype == loss.dtype == torch.float32
+    assert torch.equal(indices, vq_nearest(x.bfloat16().float(), codebook))
+
+
+def test_vmap(device: torch.device) -> None:
+    x, codebook = torch.randn(3, 10, 4, device=device), torch.randn(5, 4, device=device)
+    indices = vq_nearest(x, codebook)
+    assert torch.equal(torch.vmap(vq_nearest, (0, None))(x, codebook), indices)
+    assert torch.equal(torch.vmap(vq_lookup, (0, None))(indices, codebook), codebook[indices])
+    many = torch.randn(3, 5, 4, device=device)
+    expected = torch.stack([vq_nearest(a, c) for a, c in zip(x, many, strict=True)])
+    assert torch.equal(torch.vmap(vq_nearest)(x, many), expected)
+
+
+def test_errors(device: torch.device) -> None:
+    x, codebook = torch.randn(4, 3, device=device), torch.randn(5, 3, device=device)
+    with pytest.raises(ValueError, match=r"vq_nearest: metric='dot' is not supported.*'l2'"):
+        vq_nearest(x, codebook, metric="dot")
+    with pytest.raises(ValueError, match=r"x has 3 channels but codebook is \[5, 2\]"):
+        vq_nearest(x, codebook[:, :2])
+    with pytest.raises(ValueError, match="it has no codes"):
+        vq_nearest(x, codebook[:0])
+    with pytest.raises(ValueError, match=r"codebook must be \[k, d\], got \[1, 5, 3\]"):
+        vq_nearest(x, codebook[None])
+    with pytest.raises(ValueError, match=r"x must be \[n, d\] or have more dimensions, got \[3\]"):
+        vq_quantize(x[0], codebook)
+    with pytest.raises(ValueError, match="channel_dim=2 is out of range for 2 dimensions"):
+        vq_nearest(x, codebook, channel_dim=2)
+    with pytest.raises(TypeError, match="x must be float32, got bfloat16"):
+        vq_nearest(x.bfloat16(), codebook)
+    with pytest.raises(TypeError, match="codebook must be float32, got float64"):
+        vq_nearest(x, codebook.double())
+    with pytest.raises(TypeError, match="indices must be int64, got int32"):
+        vq_lookup(torch.zeros(3, dtype=torch.int32, device=device), codebook)
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_lookup_of_an_index_out_of_range(index: int, device: torch.device) -> None:
+    indices, codebook = torch.tensor([0, index], device=device), torch.randn(5, 3, device=device)
+    if device.type == "cuda":
+        assert vq_lookup(indices, codebook)[1].isnan().all()
+        return
+    with pytest.raises(IndexError, match=rf"vq_lookup: index {index} is outside \[0, 5\)"):
+        vq_lookup(indices, codebook)
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans++"])
+def test_kmeans_finds_separated_clusters(init: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    centers = 100 * torch.randn(8, 5, device=device)
+    x = centers.repeat_interleave(50, 0) + torch.randn(400, 5, device=device)
+    generator = torch.Generator().manual_seed(1)
+    result = kmeans(x, 8, iterations=20, init=init, generator=generator)
+    assert result.inertia < 400 * 5 * 1.5 if init == "kmeans++" else result.inertia.isfinite()
+    assert torch.equal(result.indices, vq_nearest(x, result.centroids))
+
+
+def test_kmeans_follows_the_reference(device: torch.device) -> None:
+    x, start = (t.to(device) for t in _case(500, 20, 6))
+    start[5] = start[4]  # an empty cluster at the first step
+    ours = kmeans(x, 20, init=start, iterations=5)
+    truth = reference.kmeans(x.double(), start.double(), iterations=5)
+    torch.testing.assert_close(ours.centroids.double(), truth.centroids, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.inertia.double(), truth.inertia, rtol=1e-5, atol=0)
+
+
+def test_kmeans_errors(device: torch.device) -> None:
+    x = torch.randn(4, 3, device=device)
+    with pytest.raises(ValueError, match=r"kmeans: x must be \[n >= 1, d\], got \[0, 3\]"):
+        kmeans(x[:0], 2)
+    with pytest.raises(ValueError, match="init='best' is not supported"):
+        kmeans(x, 2, init="best")
+    with pytest.raises(ValueError, match=r"init must be \[2, 3\], got \[4, 3\]"):
+        kmeans(x, 2, init=x)
+    assert kmeans(x, 9).centroids.shape == (9, 3)

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the thread pool and the CPU kernels for a sanitizer to watch; see .ci/sanitize. Results are
+// only checked against one thread: what they should be is the business of the Python tests.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "vq/vq.h"
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+void pool_runs_every_task_once() {
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([] {
+      for (int round = 0; round < 50; ++round) {
+        std::vector<int> seen(97);
+        t2p::parallel_for(1 + round % 5, 97, [&](std::int64_t task) {
+          std::atomic<int> nested{0};
+          t2p::parallel_for(4, 3, [&](std::int64_t) { ++nested; });
+          seen[task] += nested == 3;
+        });
+        for (int count : seen) require(count == 1, "every task once");
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+void pool_passes_exceptions_on() {
+  for (int round = 0; round < 50; ++round) {
+    bool caught = false;
+    try {
+      t2p::parallel_for(4, 100, [](std::int64_t task) {
+        if (task % 7 == 3) throw std::runtime_error("task");
+      });
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    require(caught, "the exception of a task");
+  }
+}
+
+void pool_survives_fork() {
+  const pid_t child = fork();
+  if (child == 0) {
+    std::atomic<int> done{0};
+    t2p::parallel_for(3, 20, [&](std::int64_t) { ++done; });
+    _exit(done == 20 ? 0 : 1);
+  }
+  int status = 1;
+  waitpid(child, &status, 0);
+  require(status == 0, "a pool in the child");
+}
+
+// `image` lays the rows out as [2, d, n / 2], else as [n, d, 1].
+void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> x(n * d), codebook(k * d), quantized(n * d), distance(n), first(n);
+  for (float& value : x) value = normal(random);
+  for (float& value : codebook) value = normal(random);
+  if (k > 3) std::copy_n(codebook.begin(), d, codebook.begin() + (k - 1) * d);
+  std::vector<float> counts(k), sums(k * d);
+  std::vector<std::int64_t> indices(n);
+  const auto rows = [&](auto* data) {
+    using T = std::remove_pointer_t<decltype(data)>;
+    return image ? t2p::vq::Rows<T>{data, 2, d, n / 2, d * (n / 2), n / 2, 1}
+                 : t2p::vq::Rows<T>{data, n, d, 1, d, 1, 1};
+  };
+  for (int threads : {1, 2, 5}) {
+    const auto from = rows(static_cast<const float*>(x.data()));
+    t2p::vq::nearest_cpu(from, codebook.data(), k, threads, indices.data(), distance.data());
+    t2p::vq::lookup_cpu(indices.data(), codebook.data(), k, threads, rows(quantized.data()));
+    t2p::vq::accumulate_cpu(from, indices.data(), k, threads, counts.data(), sums.data());
+    if (threads == 1) first = distance;
+    require(first == distance, "the same distances for any number of threads");
+  }
+}
+
+}  // namespace
+
+int main() {
+  // First, while no other thread is alive: that is when a sanitizer lets a child start threads.
+  pool_survives_fork();
+  pool_runs_every_task_once();
+  pool_passes_exceptions_on();
+  for (bool image : {false, true}) {
+    for (float scale : {1.0f, 1e-40f, 1e30f}) {
+      vq(2, 1, 1, image, scale);
+      vq(130, 47, 17, image, scale);
+      vq(700, 200, 8, image, scale);
+      vq(300, 101, 70, image, scale);
+      vq(6, 30, 1030, image, scale);
+    }
+  }
+  std::printf("ok on %s\n", t2p::isa_name(t2p::chosen_isa()));
+}
