@@ -30,7 +30,8 @@ quantized, indices, loss, counts, sums = vq_quantize(
     x, codebook, channel_dim=1, return_statistics=True)
 (quantized.sum() + loss).backward()
 print(quantized.double().sum().item(), indices.sum().item(), round(loss.item(), 5),
-      counts.square().sum().item(), sums.double().sum().item(), codebook.grad.double().norm().item())
+      counts.square().sum().item(), sums.double().sum().item(),
+      codebook.grad.double().norm().item())
 """
 
 
