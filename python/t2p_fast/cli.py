@@ -48,7 +48,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: _Out = Path("out.png"),
     number: Annotated[int, typer.Option("-n", "--number", help="Pictures, as a grid.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture; random if absent.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture; random if absent.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Rounds of mask-predict.")] = 16,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
@@ -127,7 +129,9 @@ def reconstruct(
     """Send a picture through the tokenizer and back."""
     _check_output(out)
     if tokens is not None:
-        _check_output(tokens)
+        _check_output(tokens, option="--tokens")
+        if tokens.resolve() == out.resolve():
+            raise ValueError(f"--tokens: {tokens} is also the file of --out")
     image = _read_picture(picture)
     import numpy as np
     import torch
@@ -153,8 +157,9 @@ def reconstruct(
     _save_png(Image.fromarray(result), out, {"picture": picture.name, "model": model})
     if tokens is not None:
         _save_png(_token_map(indices[0].cpu().numpy(), f), tokens, {"picture": picture.name})
+    different = len(torch.unique(indices))
     typer.echo(
-        f"{out}: {indices.shape[2]}x{indices.shape[1]} tokens, {len(indices.unique())} different, "
+        f"{out}: {indices.shape[2]}x{indices.shape[1]} tokens, {different} different, "
         f"PSNR {10 * torch.log10(4 / error.clamp_min(1e-10)):.2f} dB"
     )
 
@@ -188,13 +193,18 @@ def train_features(
     _train("features", config, out, set_, device)
 
 
-@app.command()
+@app.command(
+    # The benchmarks read their own options, --help among them.
+    context_settings={"ignore_unknown_options": True, "help_option_names": []}
+)
 def bench(
     op: Annotated[str, typer.Argument(help="Which op, e.g. 'vq'.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="See 'bench vq --help'.")] = None,
 ) -> None:
     """Time an op against what people use otherwise."""
-    from t2p_fast.benchmarks.run import main as run_main
+    from t2p_fast.benchmarks.run import (  # type: ignore[import-untyped,unused-ignore]
+        main as run_main,
+    )
 
     raise typer.Exit(run_main([op, *(arguments or [])]))
 
@@ -206,17 +216,15 @@ def info(
     """Show version, build and machine."""
     import torch
 
-    from t2p_fast import _C, __version__
+    from t2p_fast import __version__, build_info
 
     facts: dict[str, Any] = {
         "version": __version__,
-        **{k: v for k, v in _C.build_info().items() if k != "version"},
+        **{k: v for k, v in build_info().items() if k != "version"},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "cuda_devices": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        ],
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     if as_json:
         typer.echo(json.dumps(facts))
@@ -236,8 +244,8 @@ def _train(kind: str, config: str, out: Path, overrides: list[str] | None, devic
     settings = load_config(kind, config, overrides or [])
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file, expected a folder")
-    _check_output(out / "state.safetensors", make_parent=True)
     cpu = _device(device).type == "cpu"
+    _check_output(out / "state.safetensors", make_parent=True)
     task: Any
     if kind == "vqgan":
         from t2p_fast.training.vqgan import VQGANTask
@@ -264,18 +272,18 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name}: is {value}, expected {low} to {high}")
 
 
-def _check_output(path: Path, *, make_parent: bool = False) -> None:
+def _check_output(path: Path, *, option: str = "--out", make_parent: bool = False) -> None:
     """Refuses an output that cannot be written before any work is done for it."""
     if path.suffix.lower() != ".png" and not make_parent:
-        raise ValueError(f"--out: {path} does not end in .png")
+        raise ValueError(f"{option}: {path} does not end in .png")
     if make_parent:
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        raise ValueError(f"--out: {path} is a folder, expected a file")
+        raise ValueError(f"{option}: {path} is a folder, expected a file")
     if not path.parent.is_dir():
-        raise ValueError(f"--out: the folder {path.parent} does not exist")
+        raise ValueError(f"{option}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out: no permission to write in {path.parent}")
+        raise ValueError(f"{option}: no permission to write in {path.parent}")
 
 
 def _device(name: str) -> torch.device:
@@ -384,8 +392,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except _UsageError as error:
         code = _fail(error.format_message())
-    except (ValueError, TypeError, OSError) as error:
-        code = _fail(str(error))
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        code = _fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        # torch says it in several ways, and which class it raises depends on the device.
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        code = _fail(f"not enough memory ({error})")
     sys.exit(code or 0)
 
 

@@ -23,8 +23,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
     Whatever fails (a full disk, no permission, an interrupt), ``path`` keeps its old content and
     the temporary file is removed.
+
+    Raises:
+        OSError: that names ``path``, not the temporary file.
     """
     path = Path(path)
+    try:
+        _write_and_rename(path, write)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -66,16 +78,18 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes tensors as safetensors, atomically; they are made contiguous and moved to the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {"format": "pt", **(metadata or {})}
-    write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=meta))
+    try:
+        write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=meta))
+    except SafetensorError as error:  # a full disk, for one; not an OSError by itself
+        raise OSError(f"{path}: could not be written ({_reason(error)})") from error
 
 
-def read_safetensors(
-    path: str | Path, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
+def read_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Reads all tensors of a safetensors file.
 
     Raises:
@@ -87,7 +101,9 @@ def read_safetensors(
     try:
         return load_file(str(path), device=str(device))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({_reason(error)})"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -8,6 +8,8 @@ old ``config.json`` before it writes the weights, so a failed save would lose th
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +52,7 @@ def resolve_folder(name: str | Path, *, revision: str | None = None) -> Path:
         patterns = ["*.json", "*.safetensors"]
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name}: no such folder, and the hub did not deliver it ({reason})"
         ) from error
@@ -114,8 +116,13 @@ class PretrainedModel(nn.Module):
         folder = resolve_folder(name, revision=revision) / subfolder
         config = cls.read_config(folder)
         state = read_safetensors(folder / WEIGHTS_NAME)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: does not describe a {cls.__name__} ({error})"
+            ) from error
         expected = model.state_dict()
         for key in sorted(expected.keys() | state.keys()):
             what = f"{folder / WEIGHTS_NAME}: does not fit {cls.__name__}: "
@@ -125,8 +132,7 @@ class PretrainedModel(nn.Module):
                 raise CheckpointError(f"{what}{key} is not one of its tensors")
             if state[key].shape != expected[key].shape:
                 raise CheckpointError(
-                    f"{what}{key} is {list(state[key].shape)}, "
-                    f"expected {list(expected[key].shape)}"
+                    f"{what}{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
                 )
         # Assigning in place of copying halves the time and the memory of loading.
         model.load_state_dict(state, assign=True)
@@ -153,7 +159,34 @@ def config_from_dict(config_class: type[Any], values: dict[str, Any], source: st
             f"known are {', '.join(sorted(known))}"
         )
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    hints = typing.get_type_hints(config_class)
+    for option, value in frozen.items():
+        if not _fits(value, hints[option]):
+            expected = getattr(hints[option], "__name__", None)
+            if typing.get_origin(hints[option]) is not None or expected is None:
+                expected = str(hints[option]).replace("typing.", "")
+            raise CheckpointError(f"{source}: {option} is {value!r}, expected {expected}")
     try:
         return config_class(**frozen)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value``, as read from JSON, may stand where ``hint`` is asked for."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

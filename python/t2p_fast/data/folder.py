@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class FolderSample(NamedTuple):
@@ -34,7 +34,8 @@ class CaptionedFolder:
         self.size = size
         path = self.folder / "metadata.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): a caption may hold other line separators than \n.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a readable file ({error})") from error
         self.entries: list[tuple[str, str]] = []
@@ -43,11 +44,14 @@ class CaptionedFolder:
                 continue
             try:
                 entry = json.loads(line)
-                self.entries.append((str(entry["file_name"]), str(entry["text"])))
+                name, caption = entry["file_name"], entry["text"]
+                if not (isinstance(name, str) and isinstance(caption, str)):
+                    raise TypeError("not two strings")
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}: line {number} is not an object with file_name and text"
                 ) from error
+            self.entries.append((name, caption))
         if not self.entries:
             raise ValueError(f"{path}: names no pictures")
 
@@ -59,8 +63,8 @@ class CaptionedFolder:
         path = self.folder / name
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: not a readable picture ({error})") from error
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -38,4 +38,5 @@ def dead_leaves(index: int, size: int = 64, *, seed: int = 0) -> NDArray[np.uint
     slope = rng.normal(0, 30, 2) * (rng.random() < 0.5)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     light = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
-    return np.clip(image + light[..., None], 0, 255).astype(np.uint8)
+    lit: NDArray[np.uint8] = np.clip(image + light[..., None], 0, 255).astype(np.uint8)
+    return lit

@@ -61,4 +61,5 @@ class FeatureEncoder(PretrainedModel):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures to the logits of the labels, ``[b, num_labels]``."""
-        return self.head(self.features(pictures)[-1].amax((2, 3)))
+        logits: Tensor = self.head(self.features(pictures)[-1].amax((2, 3)))
+        return logits

@@ -25,23 +25,27 @@ class MuseConfig:
 
     Attributes:
         vocab_size: number of picture tokens ``V``; the mask is token ``V``.
+        codebook_dim: length of the tokenizer's codes. Tokens are embedded, and scored, by what
+            their codes say as well as by number, so that what is learned of one holds for all
+            that look like it. 0 uses the number alone.
         token_grid: tokens along a side, so ``n = token_grid ** 2``.
         text_embed_dim: length of the text embeddings.
     """
 
     vocab_size: int = 1024
+    codebook_dim: int = 0
     token_grid: int = 8
     hidden_size: int = 256
     num_layers: int = 6
-    num_heads: int = 4
+    num_heads: int = 8
     mlp_ratio: int = 4
     text_embed_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"MuseConfig: hidden_size is {self.hidden_size}, expected a multiple of "
-                f"num_heads, {self.num_heads}"
+                f"num_heads, {self.num_heads}, which is at least 2"
             )
 
     @property
@@ -53,15 +57,77 @@ class MuseConfig:
         return self.vocab_size
 
 
+class TokenTable(nn.Module):
+    """A vector per picture token: a free one plus a function of the token's code."""
+
+    def __init__(self, config: MuseConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.free = nn.Parameter(torch.randn(config.vocab_size, width) * 0.5)
+        self.from_code: nn.Sequential | None = None
+        if config.codebook_dim > 0:
+            first = nn.Linear(config.codebook_dim, 2 * width)
+            second = nn.Linear(2 * width, width)
+            # A large first gain makes features that tell neighbouring codes apart.
+            nn.init.normal_(first.weight, std=2 / math.sqrt(config.codebook_dim))
+            nn.init.normal_(second.weight, std=1.5 / math.sqrt(2 * width))
+            self.from_code = nn.Sequential(first, nn.GELU(), second)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Standardised codes ``[V, codebook_dim]`` to vectors ``[V, hidden_size]``."""
+        if self.from_code is None:
+            return self.free
+        described: Tensor = self.from_code(codes)
+        return self.free + described
+
+
+class RelativeBias(nn.Module):
+    """A learned bias of self-attention per head and offset between two positions of the grid.
+
+    Half of the heads begin by looking at one neighbour each, the others everywhere: a soft
+    convolution that training is free to leave (d'Ascoli et al., "ConViT", ICML 2021, section 3).
+    """
+
+    index: Tensor
+
+    def __init__(self, config: MuseConfig, layer: int) -> None:
+        super().__init__()
+        grid = config.token_grid
+        axis = torch.arange(grid)
+        position = torch.cartesian_prod(axis, axis)
+        offset = position[None, :] - position[:, None] + grid - 1  # key minus query, from 0
+        self.register_buffer(
+            "index", offset[..., 0] * (2 * grid - 1) + offset[..., 1], persistent=False
+        )
+        span = torch.arange(1 - grid, grid)
+        offsets = torch.cartesian_prod(span, span)  # [(2 grid - 1)^2, 2]
+        # Beside and above in even layers, diagonal in odd ones.
+        neighbours = torch.tensor(
+            [(0, 1), (0, -1), (1, 0), (-1, 0)]
+            if layer % 2 == 0
+            else [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+        )
+        bias = torch.zeros(config.num_heads, len(offsets))
+        for head in range(config.num_heads // 2):
+            distance = (offsets - neighbours[head % 4]).square().sum(1)
+            bias[head] = -1.5 * distance.clamp_max(6)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self) -> Tensor:
+        """The bias ``[1, heads, n, n]``."""
+        return self.bias[None, :, self.index]
+
+
 class MuseLayer(nn.Module):
     """Self-attention, cross-attention to the text, and an MLP, each behind a layer norm."""
 
-    def __init__(self, config: MuseConfig) -> None:
+    def __init__(self, config: MuseConfig, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+        self.relative_bias = RelativeBias(config, layer)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.cross_q = nn.Linear(width, width)
@@ -73,12 +139,14 @@ class MuseLayer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         q, k, v = self._heads(self.qkv(self.norm1(x)), 3)
-        x = x + self.proj(self._merge(F.scaled_dot_product_attention(q, k, v)))
+        bias = self.relative_bias().to(q.dtype)
+        x = x + self.proj(self._merge(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
         (q,) = self._heads(self.cross_q(self.norm2(x)), 1)
         k, v = self._heads(self.cross_kv(text), 2)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)
         x = x + self.cross_proj(self._merge(h))
-        return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
+        mlp: Tensor = self.fc2(F.gelu(self.fc1(self.norm3(x))))
+        return x + mlp
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         b, length, width = x.shape
@@ -95,30 +163,60 @@ class Muse(PretrainedModel):
 
     config_class = MuseConfig
     config: MuseConfig
+    codes: Tensor
 
     def __init__(self, config: MuseConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
-        self.token_embedding = nn.Embedding(config.vocab_size + 1, width)
-        self.row_embedding = nn.Parameter(torch.empty(config.token_grid, 1, width))
-        self.column_embedding = nn.Parameter(torch.empty(1, config.token_grid, width))
-        self.layers = nn.ModuleList(MuseLayer(config) for _ in range(config.num_layers))
+        self.register_buffer("codes", torch.zeros(config.vocab_size, config.codebook_dim))
+        self.input_table = TokenTable(config)
+        self.mask_embedding = nn.Parameter(torch.randn(1, width) * 0.5)
+        self.row_embedding = nn.Parameter(torch.randn(config.token_grid, 1, width) * 0.3)
+        self.column_embedding = nn.Parameter(torch.randn(1, config.token_grid, width) * 0.3)
+        self.layers = nn.ModuleList(MuseLayer(config, i) for i in range(config.num_layers))
         self.norm_out = nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.vocab_size)
-        for parameter in (self.token_embedding.weight, self.row_embedding, self.column_embedding):
-            nn.init.normal_(parameter, std=0.02)
-        for name, parameter in self.named_parameters():
+        self.output_table = TokenTable(config)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        for name, parameter in self.layers.named_parameters():
             if name.endswith(("proj.weight", "fc2.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(3 * config.num_layers))
             elif name.endswith(("qkv.weight", "q.weight", "kv.weight", "fc1.weight")):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor, text: TextEncoding) -> Tensor:
+    @torch.no_grad()
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Tells the model what its tokens look like, before it is trained.
+
+        Args:
+            codebook: the tokenizer's codes, ``[V, codebook_dim]``.
+        """
+        if codebook.shape != self.codes.shape:
+            raise ValueError(
+                f"Muse.set_codebook: codebook is {list(codebook.shape)}, expected "
+                f"{list(self.codes.shape)}"
+            )
+        codebook = codebook.float()
+        standard = (codebook - codebook.mean(0)) / codebook.std(0).clamp_min(1e-6)
+        self.codes.copy_(standard.clamp(-4, 4))
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Vectors to embed tokens, ``[V + 1, hidden]``, and to score them, ``[V, hidden]``.
+
+        They depend on the weights alone: decoding computes them once.
+        """
+        embed = torch.cat([self.input_table(self.codes), self.mask_embedding])
+        # The factor makes first logits small beside the bias, which learns frequencies at once.
+        return embed, 0.06 * self.output_table(self.codes)
+
+    def forward(
+        self, tokens: Tensor, text: TextEncoding, tables: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Predicts all tokens.
 
         Args:
             tokens: ``[b, n]`` int64 in ``[0, V]``, where ``V`` is the mask.
             text: the encoded prompts, ``[b, l, text_embed_dim]``.
+            tables: the result of :meth:`tables`, if it is at hand.
 
         Returns:
             Logits ``[b, n, V]``.
@@ -128,12 +226,13 @@ class Muse(PretrainedModel):
                 f"Muse: tokens are {list(tokens.shape)}, expected [b, "
                 f"{self.config.sequence_length}]"
             )
+        embed, score = tables if tables is not None else self.tables()
         position = (self.row_embedding + self.column_embedding).flatten(0, 1)
-        x = self.token_embedding(tokens) + position
+        x = F.embedding(tokens, embed) + position
         mask = text.mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, text.embeddings, mask)
-        return self.head(self.norm_out(x))
+        return F.linear(self.norm_out(x), score, self.output_bias)
 
     @torch.no_grad()
     def generate(
@@ -179,21 +278,34 @@ class Muse(PretrainedModel):
                 f"Muse.generate: known is {list(known.shape)} with values {int(known.min())} to "
                 f"{int(known.max())}, expected [{b}, {n}] with values 0 to {mask_token}"
             )
+        if generators is not None and len(generators) != b:
+            raise ValueError(
+                f"Muse.generate: there are {len(generators)} generators, expected one for each of "
+                f"the {b} pictures"
+            )
         both = text
         if guidance != 0:
             if negative is None:
                 raise ValueError("Muse.generate: guidance needs negative, usually of ''")
+            if negative.embeddings.shape[0] != b:
+                raise ValueError(
+                    f"Muse.generate: negative has {negative.embeddings.shape[0]} prompts, expected "
+                    f"{b} as in text"
+                )
             both = concatenate(text, negative)
+        tables = self.tables()
         tokens = known.clone()
         masked_at_start = (known == mask_token).sum(1)
         for step in range(steps):
             unknown = tokens == mask_token
             if guidance != 0:
                 scale = guidance * (step + 1) / steps
-                conditional, unconditional = self(tokens.repeat(2, 1), both).float().chunk(2)
+                conditional, unconditional = (
+                    self(tokens.repeat(2, 1), both, tables).float().chunk(2)
+                )
                 logits = conditional + scale * (conditional - unconditional)
             else:
-                logits = self(tokens, both).float()
+                logits = self(tokens, both, tables).float()
             sampled, log_probability = sample_tokens(logits, temperature, generators)
             tokens = torch.where(unknown, sampled, tokens)
             if step + 1 < steps:
@@ -257,7 +369,8 @@ def gumbel(like: Tensor, generators: list[torch.Generator] | None = None) -> Ten
             [torch.rand(like.shape[1:], generator=g, device=g.device) for g in generators]
         ).to(like.device)
     tiny = torch.finfo(torch.float32).tiny
-    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+    exponential = -torch.log(uniform.clamp_min(tiny))
+    return -torch.log(exponential.clamp_min(tiny))
 
 
 def least_confident(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to embeddings: the protocol, and a small transformer that is trained with its generator."""
+"""Prompts to embeddings: the protocol, and a small transformer trained with its generator."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ class TextTransformerConfig:
     hidden_size: int = 256
     num_layers: int = 2
     num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"TextTransformerConfig: hidden_size is {self.hidden_size}, expected a multiple of "
+                f"num_heads, {self.num_heads}"
+            )
 
 
 class TextTransformer(PretrainedModel):
@@ -102,7 +109,8 @@ class TextTransformer(PretrainedModel):
         x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x, mask[:, None, None, :])
-        return self.norm_out(x)
+        embeddings: Tensor = self.norm_out(x)
+        return embeddings
 
     def encode(self, prompts: Sequence[str]) -> TextEncoding:
         ids, mask = self.tokenize(prompts)
@@ -134,6 +142,11 @@ class TextTransformer(PretrainedModel):
             model.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
+        if model.tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise CheckpointError(
+                f"{path}: has {model.tokenizer.get_vocab_size()} tokens, but the model has "
+                f"{model.config.vocab_size}"
+            )
         return model
 
 
@@ -154,7 +167,8 @@ class _TextLayer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.proj(h.transpose(1, 2).reshape(b, length, width))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -24,6 +24,11 @@ def encode_tiled(vqgan: VQGAN, pictures: Tensor, *, tile: int = 32, margin: int 
         tile, margin: in tokens.
     """
     f = vqgan.config.downsampling_factor
+    if pictures.ndim != 4 or pictures.shape[2] % f or pictures.shape[3] % f:
+        raise ValueError(
+            f"encode_tiled: pictures are {list(pictures.shape)}, expected [b, c, h, w] with height "
+            f"and width multiples of {f}"
+        )
     rows, columns = pictures.shape[2] // f, pictures.shape[3] // f
     tokens = torch.empty(
         pictures.shape[0], rows, columns, dtype=torch.int64, device=pictures.device
@@ -69,9 +74,7 @@ def count_tiles(rows: int, columns: int, tile: int = 32) -> int:
 _Box = tuple[int, ...]
 
 
-def _tiles(
-    rows: int, columns: int, tile: int, margin: int
-) -> Iterator[tuple[_Box, _Box, _Box]]:
+def _tiles(rows: int, columns: int, tile: int, margin: int) -> Iterator[tuple[_Box, _Box, _Box]]:
     """Windows with their margins, what to keep of each, and where that goes."""
     for top in range(0, rows, tile):
         for left in range(0, columns, tile):

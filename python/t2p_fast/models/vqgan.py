@@ -56,6 +56,8 @@ class VQGANConfig:
     commitment_weight: float = 0.25
 
     def __post_init__(self) -> None:
+        if not self.block_out_channels:
+            raise ValueError("VQGANConfig: block_out_channels is empty, expected at least one")
         if self.encoder_kernel_size not in (1, 3):
             raise ValueError(
                 f"VQGANConfig: encoder_kernel_size is {self.encoder_kernel_size}, expected 1 or 3"
@@ -98,7 +100,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6).to(x.dtype)
-        return x * scale * self.weight[:, None, None].to(x.dtype)
+        scaled: Tensor = x * scale * self.weight[:, None, None].to(x.dtype)
+        return scaled
 
 
 def _norm(channels: int, config: VQGANConfig) -> nn.Module:
@@ -125,7 +128,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        out: Tensor = self.nin_shortcut(x) + h
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -143,7 +147,8 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).mT for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)  # [b, h * w, c]
-        return x + self.proj_out(out.mT.reshape(x.shape))
+        projected: Tensor = self.proj_out(out.mT.reshape(x.shape))
+        return x + projected
 
 
 class Downsample(nn.Module):
@@ -155,7 +160,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3 if self.pad else 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        return halved
 
 
 class Upsample(nn.Module):
@@ -166,11 +172,15 @@ class Upsample(nn.Module):
         self.conv = _conv(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution."""
+    """The blocks of one resolution, and the step to the next."""
+
+    downsample: Downsample
+    upsample: Upsample
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +192,10 @@ class _Level(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
         return x
 
 
@@ -193,7 +207,8 @@ class _Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, kernel_size, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        h: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return h
 
 
 class Encoder(nn.Module):
@@ -225,9 +240,8 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        latents: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return latents
 
 
 class Decoder(nn.Module):
@@ -261,9 +275,8 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        pictures: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return pictures
 
 
 class VQGAN(PretrainedModel):
@@ -299,7 +312,9 @@ class VQGAN(PretrainedModel):
         latents = self.encode(pictures)
         if not quantize:
             indices = self.quantize.nearest(latents)
-            return VQGANOutput(self.decode(latents), indices, latents.new_zeros(()))
+            # Without effect, but DDP insists on a gradient for every parameter that could have one.
+            loss = 0.0 * self.quantize.codebook.sum()
+            return VQGANOutput(self.decode(latents), indices, loss)
         quantized, indices, loss = self.quantize(latents)
         return VQGANOutput(self.decode(quantized), indices, loss)
 
@@ -316,11 +331,13 @@ class VQGAN(PretrainedModel):
                 f"VQGAN: pictures are {list(pictures.shape)}, but height and width must be "
                 f"multiples of {factor}"
             )
-        return self.quant_conv(self.encoder(pictures))
+        latents: Tensor = self.quant_conv(self.encoder(pictures))
+        return latents
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Code vectors ``[b, vq_embed_dim, h / f, w / f]`` to pictures ``[b, 3, h, w]``."""
-        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+        pictures: Tensor = self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+        return pictures
 
     def encode_to_indices(self, pictures: Tensor) -> Tensor:
         """Pictures ``[b, 3, h, w]`` to tokens ``[b, h / f, w / f]``, int64."""

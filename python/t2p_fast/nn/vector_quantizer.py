@@ -29,6 +29,9 @@ class VectorQuantizer(nn.Module):
     added up over them, and revived codes come from rank 0.
     """
 
+    ema_count: Tensor  # [k], vectors per step that chose the code; moving-average codebooks only
+    ema_sum: Tensor  # [k, d], their sum
+
     def __init__(
         self,
         num_embeddings: int,
@@ -59,6 +62,9 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_count", torch.zeros(num_embeddings))
             self.register_buffer("ema_sum", torch.zeros(num_embeddings, embedding_dim))
         self.needs_init = kmeans_init
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            _keep_loaded_codes
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -140,8 +146,7 @@ class VectorQuantizer(nn.Module):
         k = len(self.codebook)
         if len(vectors) < k:
             raise ValueError(
-                f"VectorQuantizer: k-means needs at least {k} vectors, x has "
-                f"{len(vectors)}"
+                f"VectorQuantizer: k-means needs at least {k} vectors, x has {len(vectors)}"
             )
         centroids = kmeans(vectors.detach().float(), k, iterations=10, init="kmeans++").centroids
         if _distributed():
@@ -152,6 +157,12 @@ class VectorQuantizer(nn.Module):
             self.ema_count.fill_(1.0)
             self.ema_sum.copy_(centroids)
         self.needs_init = False
+
+
+def _keep_loaded_codes(quantizer: nn.Module, _: object) -> None:
+    """A loaded codebook is not to be overwritten by k-means on the next batch."""
+    assert isinstance(quantizer, VectorQuantizer)
+    quantizer.needs_init = False
 
 
 def _distributed() -> bool:

@@ -137,7 +137,9 @@ class MusePipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise ValueError(f"MusePipeline: prompt is {prompt!r}, expected a text that says something")
+            raise ValueError(
+                f"MusePipeline: prompt is {prompt!r}, expected a text that says something"
+            )
         for name, value, low in (
             ("num_images", num_images, 1),
             ("steps", steps, 1),

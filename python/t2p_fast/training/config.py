@@ -183,6 +183,7 @@ def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> A
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    _check_sections(values, str(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         section, dot, option = key.partition(".")
@@ -198,6 +199,7 @@ def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> A
 
 def config_from_values(kind: str, values: dict[str, Any], source: str) -> Any:
     """Builds the configuration of a run from nested dictionaries."""
+    _check_sections(values, source)
     training = TRAININGS[kind]
     sections = {f.name: f for f in dataclasses.fields(training)}
     unknown = sorted(values.keys() - sections.keys())
@@ -207,7 +209,13 @@ def config_from_values(kind: str, values: dict[str, Any], source: str) -> Any:
         )
     built = {}
     for name, section in sections.items():
-        default = section.default_factory()  # type: ignore[misc]
+        assert section.default_factory is not dataclasses.MISSING
+        default = section.default_factory()
         merged = {**dataclasses.asdict(default), **values.get(name, {})}
         built[name] = config_from_dict(type(default), merged, f"{source}: {name}")
     return training(**built)
+
+
+def _check_sections(values: Any, source: str) -> None:
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise ValueError(f"{source}: expected a JSON object of sections, each an object of options")

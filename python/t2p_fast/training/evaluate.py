@@ -60,15 +60,13 @@ def evaluate(
         rebuilt.append(to_images(output.reconstruction))
         drawn = pipeline([s.caption for s in part], seed=seed + first, **generate)
         made.append(np.stack([np.asarray(image) for image in drawn.images]))
-    pictures, rebuilt_pictures = np.concatenate(made), np.concatenate(rebuilt)
+    drawn_pictures, rebuilt_pictures = np.concatenate(made), np.concatenate(rebuilt)
     captions = [s.caption for s in samples]
-    accuracy = prompt_accuracy(list(pictures), captions)
+    accuracy = prompt_accuracy(list(drawn_pictures), captions)
     rebuilt_accuracy = prompt_accuracy(list(rebuilt_pictures), captions)
     if sheet is not None:
         true = np.stack([s.image for s in samples[:24]])
-        rows = [
-            x[i : i + 8] for i in (0, 8, 16) for x in (true, rebuilt_pictures[:24], pictures[:24])
-        ]
+        rows = [x[i : i + 8] for i in (0, 8, 16) for x in (true, rebuilt_pictures, drawn_pictures)]
         save_sheet(sheet, rows)
     return {
         "captions": count,

@@ -70,7 +70,7 @@ class FeatureEncoderTask(Task):
         pictures = to_tensor([s.image for s in samples])
         return pictures, torch.stack([scene_labels(s.scene) for s in samples])
 
-    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:
+    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:  # noqa: ARG002
         pictures, labels = (x.to(trainer.device) for x in batch)
         gain = 1 + 0.1 * torch.randn(len(pictures), 3, 1, 1, device=trainer.device)
         noisy = pictures * gain + 0.1 * torch.randn_like(pictures)
@@ -91,8 +91,8 @@ class FeatureEncoderTask(Task):
         assert isinstance(module, FeatureEncoder)
         device = module.device
         images = np.stack([self.held_out[i].image for i in range(264)])
-        features = torch.cat([module.embed(to_tensor(c).to(device)) for c in np.split(images, 8)])
+        features = torch.cat(
+            [module.embed(to_tensor(list(c)).to(device)) for c in np.split(images, 8)]
+        )
         nearest = (features[:8] @ features[8:].T).argmax(1).cpu().numpy()
         save_sheet(path, [images[:8], images[8:][nearest]])
-
-

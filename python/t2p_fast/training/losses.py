@@ -51,7 +51,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.layers(pictures)
+        logits: Tensor = self.layers(pictures)
+        return logits
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -67,4 +68,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """
     (a,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (a.norm() / (b.norm() + 1e-6)).clamp(0, 1e4).detach()
+    weight: Tensor = (a.norm() / (b.norm() + 1e-6)).clamp(0, 1e4).detach()
+    return weight

@@ -39,13 +39,16 @@ class MuseWithText(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor, text_mask: Tensor) -> Tensor:
         """Logits ``[b, n, V]``; see :class:`Muse`."""
-        return self.muse(tokens, TextEncoding(self.text_encoder(ids, text_mask), text_mask))
+        text = TextEncoding(self.text_encoder(ids, text_mask), text_mask)
+        logits: Tensor = self.muse(tokens, text)
+        return logits
 
 
 class MuseTask(Task):
     """Cross-entropy of masked tokens, masks by the cosine schedule, prompts now and then empty."""
 
     averaged = "muse"
+    dataset: PictureDataset
 
     def __init__(self, config: MuseTraining) -> None:
         self.config, self.run = config, config.run
@@ -68,12 +71,14 @@ class MuseTask(Task):
         self.tokenizer = self._tokenizer()
         torch.manual_seed(config.run.seed)
         text_encoder = TextTransformer(config.text, self.tokenizer)
-        self.modules = {"muse": MuseWithText(Muse(config.model), text_encoder)}
+        muse = Muse(config.model)
+        if config.model.codebook_dim > 0:
+            muse.set_codebook(self.vqgan.quantize.codebook)
+        self.modules = {"muse": MuseWithText(muse, text_encoder)}
 
     def _tokenizer(self) -> Tokenizer:
         count = min(TOKENIZER_CAPTIONS, len(self.dataset))
-        captions = (self.dataset.source[i].caption for i in range(count))
-        tokenizer = train_tokenizer(captions, self.config.text.vocab_size)
+        tokenizer = train_tokenizer(self.dataset.captions(count), self.config.text.vocab_size)
         if tokenizer.get_vocab_size() > self.config.text.vocab_size:
             raise ValueError(
                 f"train muse: text.vocab_size is {self.config.text.vocab_size}, expected at "
@@ -84,7 +89,7 @@ class MuseTask(Task):
     def collate(self, samples: list[Any]) -> tuple[Tensor, list[str]]:
         return to_tensor([s.image for s in samples]), [s.caption for s in samples]
 
-    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:
+    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:  # noqa: ARG002
         pictures, captions = batch
         self.vqgan.to(trainer.device)
         with torch.no_grad():
@@ -117,7 +122,7 @@ class MuseTask(Task):
     def sample_sheet(self, module: nn.Module, path: Path) -> None:
         """Held-out pictures, and below each one drawn from its caption."""
         assert isinstance(module, MuseWithText)
-        samples = [self.held_out[i] for i in range(24)]
+        samples = [self.held_out[i % len(self.held_out)] for i in range(24)]
         text = module.text_encoder.encode([s.caption for s in samples])
         negative = module.text_encoder.encode([""] * len(samples))
         generators = [torch.Generator().manual_seed(i) for i in range(len(samples))]

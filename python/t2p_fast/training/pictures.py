@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,7 @@ class PictureDataset(Dataset[CaptionedPicture]):
         self.config = config
         self.source: SceneDataset | CaptionedFolder
         if config.source == "scenes":
-            self.source = SceneDataset(
-                config.vocabulary, split=split, size=config.size, seed=seed
-            )
+            self.source = SceneDataset(config.vocabulary, split=split, size=config.size, seed=seed)
         else:
             self.source = CaptionedFolder(config.source, size=config.size)
 
@@ -51,6 +49,12 @@ class PictureDataset(Dataset[CaptionedPicture]):
             return CaptionedPicture(dead_leaves(index, self.config.size), "")
         sample = self.source[index]
         return CaptionedPicture(sample.image, sample.caption)
+
+    def captions(self, count: int) -> Iterator[str]:
+        """The first ``count`` captions; those of a folder without reading its pictures."""
+        if isinstance(self.source, CaptionedFolder):
+            return (caption for _, caption in self.source.entries[:count])
+        return (self.source[i].caption for i in range(count))
 
 
 def to_tensor(images: Sequence[NDArray[np.uint8]]) -> Tensor:

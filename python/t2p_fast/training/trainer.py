@@ -111,7 +111,8 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def unwrap(self, name: str) -> nn.Module:
         """The module itself, without the wrappers of mixed precision and DDP."""
@@ -139,7 +140,7 @@ class Trainer:
         """
         start = self._resume()
         self.out.mkdir(parents=True, exist_ok=True)
-        end = min(self.run.steps, stop_at or self.run.steps)
+        end = min(self.run.steps, self.run.steps if stop_at is None else stop_at)
         log = _MetricsLog(self.out, start) if self.accelerator.is_main_process else None
         for _ in range(start):
             self.on_step()
@@ -297,7 +298,7 @@ class StepBatches(Sampler[list[int]]):
         self.rank, self.world, self.length, self.seed = rank, world, length, seed
 
     def __len__(self) -> int:
-        return self.end - self.start
+        return max(0, self.end - self.start)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.int64)

@@ -34,6 +34,7 @@ class VQGANTask(Task):
     """
 
     averaged = "vqgan"
+    dataset: PictureDataset
 
     def __init__(self, config: VQGANTraining, features: FeatureExtractor | None = None) -> None:
         self.config, self.run = config, config.run
@@ -60,7 +61,7 @@ class VQGANTask(Task):
         """Places the codes by k-means on what the encoder makes of many pictures."""
         count = min(self.config.loss.kmeans_pictures, len(self.dataset))
         pictures = to_tensor([self.dataset[i].image for i in range(count)])
-        latents = [model.encode(part.to(model.device)) for part in pictures.split(64)]
+        latents = [model.encode(part.to(model.device)) for part in torch.split(pictures, 64)]
         model.quantize.init_by_kmeans(torch.cat(latents))
 
     def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:
@@ -122,7 +123,8 @@ class VQGANTask(Task):
     def sample_sheet(self, module: nn.Module, path: Path) -> None:
         """Held-out pictures, and below each its reconstruction."""
         assert isinstance(module, VQGAN)
-        pictures = to_tensor([self.held_out[i].image for i in range(24)])
+        samples = [self.held_out[i % len(self.held_out)] for i in range(24)]
+        pictures = to_tensor([s.image for s in samples])
         made = to_images(module(pictures.to(module.device)).reconstruction)
         true = to_images(pictures)
         rows = [x[i : i + 8] for i in (0, 8, 16) for x in (true, made)]
