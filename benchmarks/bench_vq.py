@@ -18,7 +18,7 @@ __all__ = ["BENCHMARK"]
 Call = Callable[[], Any]
 
 _EPS = torch.finfo(torch.float32).eps
-_GATE_ROWS = 128
+_GATE_ROWS = 64
 _KMEANS_ITERATIONS = 10
 _BETA = 0.25
 _DECAY = 0.8

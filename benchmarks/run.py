@@ -72,7 +72,7 @@ class Settings:
     @property
     def seconds(self) -> float:
         """How long the rounds of a case last, unless three rounds take longer."""
-        return 0.5 if self.quick else 1.5
+        return 0.5 if self.quick else 1.0
 
     @property
     def seconds_per_sample(self) -> float:
