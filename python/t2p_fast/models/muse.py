@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -88,17 +89,10 @@ class RelativeBias(nn.Module):
     convolution that training is free to leave (d'Ascoli et al., "ConViT", ICML 2021, section 3).
     """
 
-    index: Tensor
-
     def __init__(self, config: MuseConfig, layer: int) -> None:
         super().__init__()
         grid = config.token_grid
-        axis = torch.arange(grid)
-        position = torch.cartesian_prod(axis, axis)
-        offset = position[None, :] - position[:, None] + grid - 1  # key minus query, from 0
-        self.register_buffer(
-            "index", offset[..., 0] * (2 * grid - 1) + offset[..., 1], persistent=False
-        )
+        self.token_grid = grid
         span = torch.arange(1 - grid, grid)
         offsets = torch.cartesian_prod(span, span)  # [(2 grid - 1)^2, 2]
         # Beside and above in even layers, diagonal in odd ones.
@@ -115,7 +109,18 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> Tensor:
         """The bias ``[1, heads, n, n]``."""
-        return self.bias[None, :, self.index]
+        return self.bias[None, :, _offset_index(self.token_grid, self.bias.device)]
+
+
+@lru_cache(maxsize=16)
+def _offset_index(grid: int, device: torch.device) -> Tensor:
+    """Number of the offset from query to key, ``[n, n]``, counted row by row."""
+    # Kept over calls, so it must not be born as a tensor that gradients refuse.
+    with torch.inference_mode(False):
+        axis = torch.arange(grid, device=device)
+        position = torch.cartesian_prod(axis, axis)
+        offset = position[None, :] - position[:, None] + grid - 1
+        return offset[..., 0] * (2 * grid - 1) + offset[..., 1]
 
 
 class MuseLayer(nn.Module):

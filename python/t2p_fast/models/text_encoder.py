@@ -74,8 +74,9 @@ class TextTransformer(PretrainedModel):
             _TextLayer(width, config.num_heads) for _ in range(config.num_layers)
         )
         self.norm_out = nn.LayerNorm(width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.02)
+        # Words large beside what the layers add at first: which word it is must not drown.
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.position_embedding, std=0.1)
 
     @property
     def embed_dim(self) -> int:

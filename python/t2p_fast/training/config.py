@@ -31,7 +31,7 @@ class DataConfig:
     """
 
     source: str = "scenes"
-    vocabulary: str = "simple"
+    vocabulary: str = "basic"
     leaves: float = 0.0
     size: int = 64
 

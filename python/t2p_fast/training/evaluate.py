@@ -28,7 +28,7 @@ def evaluate(
     *,
     count: int = 500,
     seed: int = 0,
-    vocabulary: str = "simple",
+    vocabulary: str = "basic",
     batch_size: int = 50,
     sheet: Path | None = None,
     **generate: Any,
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="embedded", help="'embedded' or a folder")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", default="simple")
+    parser.add_argument("--vocabulary", default="basic")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, help="JSON file for the result")

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: what they write, and one clear line with exit code 2 for every mistake."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2p_fast import cli
+from tiny_models import save_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    ramp = np.linspace(0, 255, 37 * 53 * 3).reshape(37, 53, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(path)
+    return path
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(a) for a in arguments])
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    captured = capsys.readouterr()
+    assert captured.err.startswith("t2p-fast: error: ")
+    assert captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
+
+
+def test_generate_writes_a_grid_with_metadata(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid.png"
+    arguments = ("generate", "a red circle", "-o", out, "-n", 5, "--seed", 3, "--steps", 2)
+    assert run(*arguments, "--model", model, "--scale", 2, "--timings") == 0
+    image = opened(out)
+    assert image.size == (3 * 32, 2 * 32)
+    parameters = json.loads(image.info["t2p_fast"])
+    assert parameters["prompt"] == "a red circle"
+    assert (parameters["seed"], parameters["steps"], parameters["number"]) == (3, 2, 5)
+    printed = capsys.readouterr().out
+    for stage in ("imports", "load", "text", "tokens", "decode", "save", "total"):
+        assert stage in printed
+    first = np.asarray(image)
+    assert run(*arguments, "--model", model, "--scale", 2) == 0
+    assert np.array_equal(first, np.asarray(opened(out)))
+
+
+def test_reconstruct_any_size_with_tokens(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, tokens = tmp_path / "out.png", tmp_path / "tokens.png"
+    assert run("reconstruct", photo, "-o", out, "--tokens", tokens, "--model", model) == 0
+    assert opened(out).size == (53, 37)
+    assert opened(tokens).size == (56, 40)
+    assert "14x10 tokens" in capsys.readouterr().out
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    keys = {"version", "cuda", "cuda_archs", "isa", "isa_built", "threads", "torch", "tensor_road"}
+    assert keys <= set(facts)
+    assert facts["isa"] in facts["isa_built"]
+    assert run("info") == 0
+    assert facts["torch"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["generate"], "'prompt'"),
+        (["generate", ""], "prompt is ''"),
+        (["generate", "a", "--steps", "x"], "--steps"),
+        (["generate", "a", "--steps", "0"], "--steps: is 0"),
+        (["generate", "a", "-n", "0"], "-n: is 0"),
+        (["generate", "a", "-n", "100000"], "-n: is 100000"),
+        (["generate", "a", "--scale", "0"], "--scale: is 0"),
+        (["generate", "a", "--guidance", "nan"], "guidance is nan"),
+        (["generate", "a", "--seed", "-1"], "seed is -1"),
+        (["generate", "a", "--device", "tpu"], "--device: is 'tpu'"),
+        (["generate", "a", "--device", "cuda:99"], "--device: is 'cuda:99'"),
+        (["generate", "a", "--dtype", "int8"], "--dtype: is 'int8'"),
+        (["generate", "a", "--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["generate", "a", "--nonsense"], "--nonsense"),
+        (["paint"], "paint"),
+        (["reconstruct", "no-such.png"], "no-such.png: no such file"),
+        (["train", "vqgan"], "'--out'"),
+        (["train", "vqgan", "--out", "run", "--config", "nope"], "config is 'nope'"),
+        (["train", "vqgan", "--out", "run", "--set", "run.steps"], "section.option=value"),
+        (["train", "vqgan", "--out", "run", "--set", "run.nope=1"], "unknown option 'nope'"),
+        (["train", "muse", "--out", "run", "--set", "loss.vqgan=nope/x"], "nope/x"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    part: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if arguments[0] == "generate" and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(model)]
+    assert run(*arguments) == 2
+    assert_one_line(capsys, part)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_unwritable_outputs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, part in (
+        (tmp_path / "none" / "out.png", "does not exist"),
+        (tmp_path / "out.jpg", "does not end in .png"),
+    ):
+        assert run("generate", "a", "-o", out, "--model", model) == 2
+        assert_one_line(capsys, part)
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert run("generate", "a", "-o", folder, "--model", model) == 2
+    assert_one_line(capsys, "is a folder")
+    # The tests may run as root, to whom nothing is forbidden.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run("generate", "a", "-o", tmp_path / "out.png", "--model", model) == 2
+    assert_one_line(capsys, "no permission to write")
+
+
+def test_full_disk_leaves_the_old_picture(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    out.write_bytes(b"precious")
+
+    def full(self: Image.Image, path: Path, *_: object, **__: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run("generate", "a", "-o", out, "--steps", 1, "--model", model) == 2
+    assert_one_line(capsys, "No space left on device")
+    assert out.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_damaged_pictures(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes(photo.read_bytes()[:200])
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    for path in (truncated, text):
+        assert run("reconstruct", path, "-o", tmp_path / "out.png", "--model", model) == 2
+        assert_one_line(capsys, path.name, "not a readable picture")
+    small = tmp_path / "small.png"
+    Image.new("RGB", (4, 4)).save(small)
+    assert run("reconstruct", small, "-o", tmp_path / "out.png", "--model", model) == 2
+    assert_one_line(capsys, "is 4x4, expected at least 8x8")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_pipeline(tmp_path / "model")
+    weights = folder / "muse" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    arguments = ("generate", "a", "-o", tmp_path / "out.png", "--model", folder)
+    assert run(*arguments) == 2
+    assert_one_line(capsys, "model.safetensors", "not a readable safetensors file")
+    weights.write_bytes((folder / "vqgan" / "model.safetensors").read_bytes())
+    assert run(*arguments) == 2
+    assert_one_line(capsys, "does not fit Muse")
+    config = (folder / "vqgan" / "config.json").read_text()
+    (folder / "muse" / "config.json").write_text(config)
+    assert run(*arguments) == 2
+    assert_one_line(capsys, "is a checkpoint of VQGAN, expected Muse")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_train_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    tiny = {
+        "model": {
+            "sample_size": 16, "block_out_channels": [8, 8, 8], "layers_per_block": 1,
+            "attn_resolutions": [], "mid_attention": False, "latent_channels": 8,
+            "num_vq_embeddings": 16, "vq_embed_dim": 4, "norm_type": "rms",
+            "encoder_kernel_size": 1, "ema_decay": 0.9,
+        },
+        "data": {"size": 16},
+        "run": {"steps": 3, "batch_size": 4, "mixed_precision": "no", "log_every": 1},
+        "loss": {"perceptual": 0.0, "adversarial": 0.0, "quantize_start": 1, "kmeans_pictures": 8},
+    }  # fmt: skip
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(tiny))
+    run_folder = tmp_path / "run"
+    assert run("train", "vqgan", "--config", config, "--out", run_folder, "--device", "cpu") == 0
+    assert "finished after 3 steps" in capsys.readouterr().out
+    assert (run_folder / "metrics.csv").read_text().count("\n") == 4
+    muse = {
+        "model": {
+            "vocab_size": 16, "token_grid": 4, "hidden_size": 16, "num_layers": 1,
+            "num_heads": 2, "text_embed_dim": 16,
+        },
+        "text": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
+        "data": {"size": 16},
+        "run": {"steps": 2, "batch_size": 4, "mixed_precision": "no"},
+        "loss": {"vqgan": str(run_folder / "model")},
+    }  # fmt: skip
+    config.write_text(json.dumps(muse))
+    muse_folder = tmp_path / "muse"
+    assert run("train", "muse", "--config", config, "--out", muse_folder, "--device", "cpu") == 0
+    out = tmp_path / "out.png"
+    assert run("generate", "a red circle", "-o", out, "--model", muse_folder / "model") == 0
+    assert opened(out).size == (16, 16)
