@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: resumes to the bit, survives a kill, refuses what does not fit."""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from t2p_fast.checkpoints import CheckpointError, read_safetensors
+from t2p_fast.models.muse import MuseConfig
+from t2p_fast.models.text_encoder import TextTransformerConfig
+from t2p_fast.training.config import (
+    DataConfig,
+    MuseLossConfig,
+    MuseTraining,
+    RunConfig,
+    VQGANLossConfig,
+    VQGANTraining,
+    load_config,
+)
+from t2p_fast.training.muse import MuseTask
+from t2p_fast.training.trainer import StepBatches, Task, Trainer, learning_rate
+from t2p_fast.training.vqgan import VQGANTask
+from tiny_models import make_vqgan, vqgan_config
+
+RUN = RunConfig(
+    steps=6, batch_size=4, warmup_steps=2, decay_steps=2, mixed_precision="no",
+    log_every=1, save_every=2, sample_every=100, ema_decay=0.9,
+)  # fmt: skip
+
+
+def vqgan_training(**run: Any) -> VQGANTraining:
+    return VQGANTraining(
+        model=vqgan_config(ema_decay=0.9),
+        data=DataConfig(size=16, leaves=0.25),
+        run=dataclasses.replace(RUN, **run),
+        loss=VQGANLossConfig(
+            perceptual=0.0, adversarial=0.1, adversarial_start=3, quantize_start=1,
+            kmeans_pictures=8, dead_code_threshold=0.5,
+        ),
+    )  # fmt: skip
+
+
+def muse_training(folder: Path, **run: Any) -> MuseTraining:
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        make_vqgan().save_pretrained(tokenizer)
+    return MuseTraining(
+        model=MuseConfig(
+            vocab_size=16, codebook_dim=4, token_grid=4, hidden_size=16, num_layers=1,
+            num_heads=2, text_embed_dim=16,
+        ),
+        text=TextTransformerConfig(hidden_size=16, num_layers=1, num_heads=2),
+        data=DataConfig(size=16),
+        run=dataclasses.replace(RUN, **run),
+        loss=MuseLossConfig(vqgan=str(tokenizer)),
+    )  # fmt: skip
+
+
+def quiet(task: Task, out: Path) -> Trainer:
+    return Trainer(task, out, cpu=True, report=lambda _: None)
+
+
+def steps_logged(out: Path) -> list[int]:
+    with (out / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "muse"])
+def test_resumed_run_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None:
+    def task() -> Task:
+        if kind == "vqgan":
+            return VQGANTask(vqgan_training())
+        return MuseTask(muse_training(tmp_path))
+
+    quiet(task(), tmp_path / "whole").train()
+    quiet(task(), tmp_path / "parts").train(stop_at=3)
+    assert not (tmp_path / "parts" / "model").exists()
+    quiet(task(), tmp_path / "parts").train()
+    whole = read_safetensors(tmp_path / "whole" / "state.safetensors")
+    parts = read_safetensors(tmp_path / "parts" / "state.safetensors")
+    assert whole.keys() == parts.keys()
+    assert any(key.startswith("optimizer/") for key in whole)
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    assert steps_logged(tmp_path / "parts") == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_changes_weights_and_lowers_the_loss(tmp_path: Path) -> None:
+    config = vqgan_training(steps=150, batch_size=8, learning_rate=2e-3, decay_steps=50)
+    config = dataclasses.replace(
+        config,
+        data=DataConfig(size=16),
+        loss=dataclasses.replace(config.loss, adversarial=0.0, quantize_start=1000),
+    )
+    quiet(VQGANTask(config), tmp_path).train()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_trainer import VQGANTask, quiet, vqgan_training
+quiet(VQGANTask(vqgan_training(steps={steps}, save_every=1)), Path({out!r})).train()
+"""
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    here = Path(__file__).resolve().parent
+    names = {"tests": str(here.parent), "here": str(here), "out": str(tmp_path / "run")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(steps=100_000, **names)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    state = tmp_path / "run" / "state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # However the kill fell, the checkpoint is whole and names a step that was reached.
+    before = steps_logged(tmp_path / "run")
+    trainer = quiet(VQGANTask(vqgan_training(steps=100_000)), tmp_path / "run")
+    step = trainer._resume()
+    assert step >= 1
+    assert abs(step - before[-1]) <= 1
+    trainer.train(stop_at=step + 2)
+    assert steps_logged(tmp_path / "run") == list(range(1, step + 3))
+
+
+def test_other_configuration_is_refused(tmp_path: Path) -> None:
+    quiet(VQGANTask(vqgan_training()), tmp_path).train(stop_at=2)
+    other = dataclasses.replace(vqgan_training(), model=vqgan_config(ema_decay=0.5))
+    with pytest.raises(CheckpointError, match="another configuration: its model"):
+        quiet(VQGANTask(other), tmp_path).train()
+    # A longer run is the same run.
+    quiet(VQGANTask(vqgan_training(steps=7)), tmp_path).train()
+    assert steps_logged(tmp_path)[-1] == 7
+
+
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"0" * 100)
+    with pytest.raises(CheckpointError, match="not a readable training state"):
+        quiet(VQGANTask(vqgan_training()), tmp_path).train()
+
+
+def test_learning_rate() -> None:
+    run = RunConfig(steps=100, learning_rate=2.0, warmup_steps=10, decay_steps=20)
+    assert learning_rate(0, run) == pytest.approx(0.2)
+    assert learning_rate(9, run) == 2.0
+    assert learning_rate(80, run) == 2.0
+    assert learning_rate(90, run) == pytest.approx(1.0)
+    assert learning_rate(99, run) == pytest.approx(0.1)
+
+
+def test_batches_cover_every_epoch_once() -> None:
+    length, batch, world = 24, 3, 2
+    seen = [
+        [index for b in StepBatches(0, 8, batch, rank, world, length, 0) for index in b]
+        for rank in range(world)
+    ]
+    for epoch in range(2):
+        part = [i for rank in seen for i in rank[epoch * 12 : (epoch + 1) * 12]]
+        assert sorted(part) == list(range(length))
+    assert seen[0][:12] != seen[0][12:]
+    later = [index for b in StepBatches(3, 8, batch, 0, world, length, 0) for index in b]
+    assert later == seen[0][9:]
+
+
+def test_recipes_load() -> None:
+    for kind, name in (
+        ("vqgan", "warmup"), ("vqgan", "embedded"), ("muse", "embedded"), ("features", "embedded")
+    ):  # fmt: skip
+        assert load_config(kind, name).run.steps > 0
+    changed = load_config("muse", "embedded", ["run.steps=7", "data.vocabulary=full"])
+    assert (changed.run.steps, changed.data.vocabulary) == (7, "full")
