@@ -155,7 +155,7 @@ def test_full_disk_leaves_the_old_picture(
     out = tmp_path / "out.png"
     out.write_bytes(b"precious")
 
-    def full(self: Image.Image, path: Path, *_: object, **__: object) -> None:
+    def full(_: Image.Image, path: Path, *_args: object, **_options: object) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +121,7 @@ quiet(VQGANTask(vqgan_training(steps={steps}, save_every=1)), Path({out!r})).tra
 """
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, run_python: Callable[..., str]
-) -> None:
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     here = Path(__file__).resolve().parent
     names = {"tests": str(here.parent), "here": str(here), "out": str(tmp_path / "run")}
     process = subprocess.Popen(
