@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The quantiser, alone and over several processes."""
+
 import subprocess
 import sys
 from pathlib import Path

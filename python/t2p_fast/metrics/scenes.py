@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +64,8 @@ _OPACITY = (0.7, 1.1)
 _MIN_GAIN = 15.0
 _MIN_GAIN_SHARE = 0.2
 _MAX_OBJECTS = 6
+# The share of pixels nearest to a background's colour that makes it the background.
+_MIN_BACKGROUND = 0.2
 # A texture is seen at this contrast of its tones and correlation with its pattern.
 _MIN_CONTRAST = 0.15
 _MIN_LIKENESS = 0.5
@@ -104,10 +105,10 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What is in a picture; objects by how much of the picture they explain."""
+    """What is in a picture: the objects that explain most first; background None if unclear."""
 
     objects: tuple[FoundObject, ...]
-    background: str
+    background: str | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,6 @@ class PromptAccuracy:
         perfect: share of pictures with everything right, count included.
         attributes: right / stated for each attribute that was stated.
         stated: how often each attribute was stated.
-        pictures: number of pictures.
     """
 
     accuracy: float
@@ -161,7 +161,8 @@ def prompt_accuracy(images: Iterable[Image], captions: Sequence[str | Claims]) -
         captions: one caption, or its claims, a picture.
 
     Raises:
-        ValueError: if there are no pictures, or not as many captions; and as `score_scene`.
+        ValueError: if there are no pictures, or not as many captions, or a caption cannot be
+            parsed; and as `read_scene` and `score_reading`.
     """
     pictures = list(images)
     if len(pictures) != len(captions):
@@ -189,28 +190,27 @@ def prompt_accuracy(images: Iterable[Image], captions: Sequence[str | Claims]) -
 
 
 def score_scene(image: Image, claims: Claims | str) -> SceneScore:
-    """Checks the claims of a caption in a picture.
+    """Checks the claims of a caption in a picture: `read_scene`, then `score_reading`."""
+    if isinstance(claims, str):
+        claims = parse_caption(claims)
+    return score_reading(read_scene(image), claims)
+
+
+def score_reading(reading: SceneReading, claims: Claims) -> SceneScore:
+    """Checks claims in what was read from a picture.
 
     Found objects are assigned to claimed ones so that as many of the claims as possible are
     right. What is claimed of an object that was not found is wrong. A relation is right only if
     both its objects were found (each right in its shape or its stated colour) and it holds by
     `relation_holds_at`.
 
-    Args:
-        image: a picture as `read_scene` takes it.
-        claims: a caption, or its claims.
-
     Raises:
-        ValueError: if the caption cannot be parsed, or claims no or more than 6 objects; and as
-            `read_scene`.
+        ValueError: if claims has no or more than 6 objects.
     """
-    if isinstance(claims, str):
-        claims = parse_caption(claims)
     if not 0 < len(claims.objects) <= _MAX_OBJECTS:
         raise ValueError(
-            f"score_scene: claims has {len(claims.objects)} objects, expected 1 to {_MAX_OBJECTS}"
+            f"score_reading: claims has {len(claims.objects)} objects, expected 1 to {_MAX_OBJECTS}"
         )
-    reading = read_scene(image)
     found = reading.objects
     # Any claim may have nothing (-1) assigned.
     slots = [*range(len(found)), *[-1] * len(claims.objects)]
@@ -288,9 +288,9 @@ def read_scene(image: Image) -> SceneReading:
     proposals = [_propose(evidence, c) for c in range(len(_COLORS))]
     while len(found) < _MAX_OBJECTS:
         color = max(range(len(_COLORS)), key=lambda c: proposals[c].gain)
-        if proposals[color].gain <= 0:
-            break
         chosen = proposals[color]
+        if not chosen.gain:
+            break
         found.append(_explain(pixels, canvas, evidence, color, chosen))
         for i, p in enumerate(proposals):
             gap = max(abs(p.x - chosen.x), abs(p.y - chosen.y)) - p.radius - chosen.radius
@@ -335,24 +335,20 @@ def _to_pixels(image: Image) -> Floats:
         raise ValueError(f"read_scene: image is {size} x {size}, expected at least 16 x 16")
     if size != _SIZE:
         # Area means keep edges where they are; bilinear does when growing.
-        mode: dict[str, Any] = (
-            {"mode": "area"} if size > _SIZE else {"mode": "bilinear", "align_corners": False}
-        )
-        planes = torch.nn.functional.interpolate(planes[None], size=(_SIZE, _SIZE), **mode)[0]
+        mode = "area" if size > _SIZE else "bilinear"
+        planes = torch.nn.functional.interpolate(planes[None], size=(_SIZE, _SIZE), mode=mode)[0]
     return np.asarray(planes.permute(1, 2, 0).contiguous().numpy(), np.float32)
 
 
-def _read_background(pixels: Floats) -> tuple[str, Floats]:
+def _read_background(pixels: Floats) -> tuple[str | None, Floats]:
     """The most frequent background colour by nearest palette colour, and a canvas of it."""
     palette = np.concatenate([np.array([*BACKGROUND_COLORS.values()], np.float32), _TONES])
-    flat = pixels.reshape(-1, 3)
-    nearest = ((palette**2).sum(1) - 2 * flat @ palette.T).argmin(1)
-    counts = np.bincount(nearest, minlength=len(palette))[: len(BACKGROUND_COLORS)]
+    nearest = ((palette**2).sum(1) - 2 * pixels @ palette.T).argmin(-1)
+    counts = np.bincount(nearest.ravel(), minlength=len(palette))[: len(BACKGROUND_COLORS)]
     winner = int(counts.argmax())
-    color = palette[winner]
-    if counts[winner]:
-        # A generated background is seldom exactly the palette's.
-        color = np.median(flat[nearest == winner], axis=0)
+    if counts[winner] < _MIN_BACKGROUND * nearest.size:
+        return None, np.broadcast_to(palette[winner], pixels.shape).copy()
+    color = np.median(pixels[nearest == winner], axis=0)
     return tuple(BACKGROUND_COLORS)[winner], np.broadcast_to(color, pixels.shape).copy()
 
 
@@ -433,8 +429,7 @@ def _halve(image: Floats) -> Floats:
 
 @lru_cache(maxsize=1)
 def _coarse_templates() -> tuple[Spectra, Bools]:
-    """At half the resolution, spectra of shapes and of their squares, ``[2, n, ...]``, and where
-    their centres may lie."""
+    """At half the resolution: spectra of shapes and their squares, and where centres may lie."""
     steps, spectra, fits = np.arange(0, _SIDE, 2), [], []
     for radius in _COARSE_RADII:
         near = (steps >= radius) & (steps <= _SIDE - radius)
@@ -446,15 +441,11 @@ def _coarse_templates() -> tuple[Spectra, Bools]:
     return np.stack(spectra, 1).astype(np.complex64), np.stack(fits)
 
 
-@lru_cache(maxsize=1)
-def _fine_templates() -> dict[int, Floats]:
-    """For each radius all shapes in all blurs, ``[shapes * blurs, _FINE_SIDE**2]``."""
-    return {
-        radius: np.stack(
-            [_template(s, radius, b, _FINE_SIDE).ravel() for s in SHAPES for b in _BLURS]
-        )
-        for radius in _FINE_RADII
-    }
+@lru_cache(maxsize=len(_FINE_RADII))
+def _fine_templates(radius: int) -> Floats:
+    """All shapes in all blurs, ``[shapes * blurs, _FINE_SIDE**2]``."""
+    images = [_template(s, radius, b, _FINE_SIDE) for s in SHAPES for b in _BLURS]
+    return np.stack(images).reshape(len(images), -1)
 
 
 def _gain(dot: Floats, energy: Floats) -> tuple[Floats, Floats]:
@@ -487,14 +478,19 @@ def _refine(target: Floats, weight: Floats, gains: Floats) -> _Proposal:
     y, x, radius = 2 * y, 2 * x, _COARSE_RADII[kind // len(SHAPES)]
     half = _FINE_SIDE // 2 + _OFFSET
     radii = [r for r in _FINE_RADII if abs(r - radius) <= _OFFSET]
-    templates = np.concatenate([_fine_templates()[r] for r in radii])
+    templates = np.concatenate([_fine_templates(r) for r in radii])
+    # Products this small are computed without threads, which would only wait for each other.
+    batches = templates.reshape(-1, 6, _FINE_SIDE**2)
     patches = []
     for plane in (target, weight):
         patch = np.pad(plane, half)[y : y + 2 * half, x : x + 2 * half]
         windows = np.lib.stride_tricks.sliding_window_view(patch, (_FINE_SIDE, _FINE_SIDE))
         patches.append(windows.reshape(-1, _FINE_SIDE**2).T)
-    energy = templates**2 @ patches[1]
-    gains, opacities = _gain(templates @ patches[0], energy)
+    dot, energy = (
+        (t @ p).reshape(len(templates), -1)
+        for t, p in zip((batches, batches**2), patches, strict=True)
+    )
+    gains, opacities = _gain(dot, energy)
     kind, place = (int(i) for i in np.unravel_index(gains.argmax(), gains.shape))
     gain = float(gains[kind, place])
     if gain < max(_MIN_GAIN, _MIN_GAIN_SHARE * float((templates[kind] ** 2).sum())):
@@ -591,10 +587,11 @@ def _read_texture(pixels: Floats, template: Floats, inner: Bools, color: int, si
     signals = np.concatenate([tones[None], patterns[:, inner.ravel()]])
     # What follows the blurred outline is background shining through, not texture.
     for nuisance in (np.ones_like(tones), template[inner] - template[inner].mean()):
-        signals = signals - np.outer(signals @ nuisance, nuisance / (nuisance @ nuisance + 1e-6))
+        share = np.einsum("kp,p->k", signals, nuisance) / ((nuisance**2).sum() + 1e-6)
+        signals = signals - np.outer(share, nuisance)
     tones, shades = signals[0], signals[1:]
     spread = np.sqrt((shades**2).sum(1)) + 1e-6
-    fit = shades @ tones / spread
+    fit = np.einsum("kp,p->k", shades, tones) / spread
     best = int(fit.argmax())
     # Contrast is 1 for a true texture and 0 for a plain colour; blur and noise leave less.
     contrast = fit[best] / spread[best]

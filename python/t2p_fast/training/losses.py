@@ -22,7 +22,7 @@ def perceptual_loss(extractor: FeatureExtractor, a: Tensor, b: Tensor) -> Tensor
     The form of LPIPS without learned channel weights (Zhang et al., CVPR 2018, equation 1).
     """
     with torch.no_grad():
-        targets = extractor.features(b)
+        targets = extractor.features(b.detach())
     total = a.new_zeros((), dtype=torch.float32)
     for x, y in zip(extractor.features(a), targets, strict=True):
         x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text encoder and its tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t2p_fast.checkpoints import CheckpointError
+from t2p_fast.models.text_encoder import (
+    TextEncoder,
+    TextEncoding,
+    TextTransformer,
+    TextTransformerConfig,
+    train_tokenizer,
+)
+from tiny_models import CAPTIONS, make_text_encoder, one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextTransformer:
+    return make_text_encoder()
+
+
+@pytest.mark.parametrize("prompt", [*CAPTIONS, "grün ☃ 猫", "tab\there", "a" * 50])
+def test_tokenizer_round_trip(prompt: str) -> None:
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    encoding = tokenizer.encode(prompt)
+    assert encoding.tokens[-1] == "[END]"
+    assert tokenizer.decode(encoding.ids).strip() == prompt
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_no_prompt_has_an_unknown_word(prompt: str) -> None:
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    ids = tokenizer.encode(prompt).ids
+    assert ids[-1] == tokenizer.token_to_id("[END]")
+    assert all(0 <= i < tokenizer.get_vocab_size() for i in ids)
+    # Bytes are never lost: what is left after decoding says the same to the model.
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids or "[" in prompt
+
+
+def test_words_of_the_captions_are_one_token_each(encoder: TextTransformer) -> None:
+    assert encoder.tokenizer is not None
+    large = train_tokenizer(CAPTIONS * 5, 400)
+    assert large.encode("A Red CIRCLE ").tokens == ["Ġa", "Ġred", "Ġcircle", "[END]"]
+
+
+def test_vocabulary_size_is_respected() -> None:
+    assert train_tokenizer(CAPTIONS * 5, 270).get_vocab_size() == 270
+
+
+def test_empty_prompt_is_one_token(encoder: TextTransformer) -> None:
+    for prompt in ("", "  "):
+        embeddings, mask = encoder.encode([prompt])
+        assert embeddings.shape == (1, 1, 16)
+        assert mask.tolist() == [[True]]
+
+
+def test_padding_is_marked_and_has_no_influence(encoder: TextTransformer) -> None:
+    prompts = ["a red circle", "", "a green star above a red circle"]
+    embeddings, mask = encoder.encode(prompts)
+    assert embeddings.shape[:2] == mask.shape
+    for i, prompt in enumerate(prompts):
+        alone = encoder.encode([prompt])
+        length = alone.mask.shape[1]
+        assert mask[i].tolist() == [True] * length + [False] * (mask.shape[1] - length)
+        torch.testing.assert_close(embeddings[i, :length], alone.embeddings[0])
+
+
+def test_order_of_words_matters(encoder: TextTransformer) -> None:
+    a, b = encoder.encode(["a red circle", "a circle red"]).embeddings
+    assert not torch.allclose(a[-1], b[-1], atol=1e-3)
+
+
+def test_too_long_prompt_is_named(encoder: TextTransformer) -> None:
+    long = "x" * 30
+    with pytest.raises(
+        ValueError, match=rf"the prompt '{long}' has \d+ tokens, at most 24 are allowed"
+    ):
+        encoder.encode(["a red circle", long])
+
+
+def test_without_a_tokenizer() -> None:
+    config = TextTransformerConfig(hidden_size=16, num_layers=1)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        TextTransformer(config).encode(["a"])
+
+
+def test_heads_must_divide_the_width() -> None:
+    for heads in (0, 3):
+        with pytest.raises(ValueError, match="hidden_size is 16, expected a multiple of num_heads"):
+            TextTransformerConfig(hidden_size=16, num_heads=heads)
+
+
+def test_protocol(encoder: TextTransformer) -> None:
+    class Other:
+        embed_dim = 3
+
+        def encode(self, prompts: Sequence[str]) -> TextEncoding:
+            return TextEncoding(
+                torch.zeros(len(prompts), 1, 3), torch.ones(len(prompts), 1, dtype=torch.bool)
+            )
+
+    assert isinstance(encoder, TextEncoder)
+    assert isinstance(Other(), TextEncoder)
+    assert not isinstance(torch.nn.Linear(1, 1), TextEncoder)
+
+
+def test_save_and_load(encoder: TextTransformer, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path / "sub")
+    for loaded in (
+        TextTransformer.from_pretrained(tmp_path / "sub"),
+        TextTransformer.from_pretrained(tmp_path, subfolder="sub"),
+    ):
+        assert torch.equal(loaded.encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings)
+
+
+def test_damaged_tokenizer(encoder: TextTransformer, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_text()
+    train_tokenizer(CAPTIONS * 5, 300).save(str(path))
+    with pytest.raises(CheckpointError, match=r"has \d+ tokens, but the model has 280"):
+        TextTransformer.from_pretrained(tmp_path)
+    path.write_text(whole[:100])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
+        TextTransformer.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
+        TextTransformer.from_pretrained(tmp_path)
