@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from t2p_fast.checkpoints.files import (
@@ -56,6 +57,18 @@ def resolve_folder(name: str | Path, *, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{name}: no such folder, and the hub did not deliver it ({reason})"
         ) from error
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out ``torch.nn.init``, which on meta tensors only imports 800 modules."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class PretrainedModel(nn.Module):
@@ -117,7 +130,7 @@ class PretrainedModel(nn.Module):
         config = cls.read_config(folder)
         state = read_safetensors(folder / WEIGHTS_NAME)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _NoInit():
                 model = cls(config)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(

@@ -64,7 +64,8 @@ class TokenTable(nn.Module):
     def __init__(self, config: MuseConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.free = nn.Parameter(torch.randn(config.vocab_size, width) * 0.5)
+        self.free = nn.Parameter(torch.empty(config.vocab_size, width))
+        nn.init.normal_(self.free, std=0.5)
         self.from_code: nn.Sequential | None = None
         if config.codebook_dim > 0:
             first = nn.Linear(config.codebook_dim, 2 * width)
@@ -93,23 +94,31 @@ class RelativeBias(nn.Module):
         super().__init__()
         grid = config.token_grid
         self.token_grid = grid
+        self.bias = nn.Parameter(_first_bias(grid, config.num_heads, layer))
+
+    def forward(self) -> Tensor:
+        """The bias ``[1, heads, n, n]``."""
+        return self.bias[None, :, _offset_index(self.token_grid, self.bias.device)]
+
+
+def _first_bias(grid: int, num_heads: int, layer: int) -> Tensor:
+    """The bias before training, ``[heads, (2 grid - 1) ** 2]``."""
+    # On the CPU even when a model is laid out without memory: arithmetic on the meta device would
+    # import the compiler.
+    with torch.device("cpu"):
         span = torch.arange(1 - grid, grid)
-        offsets = torch.cartesian_prod(span, span)  # [(2 grid - 1)^2, 2]
+        offsets = torch.cartesian_prod(span, span)
         # Beside and above in even layers, diagonal in odd ones.
         neighbours = torch.tensor(
             [(0, 1), (0, -1), (1, 0), (-1, 0)]
             if layer % 2 == 0
             else [(1, 1), (1, -1), (-1, 1), (-1, -1)]
         )
-        bias = torch.zeros(config.num_heads, len(offsets))
-        for head in range(config.num_heads // 2):
+        bias = torch.zeros(num_heads, len(offsets))
+        for head in range(num_heads // 2):
             distance = (offsets - neighbours[head % 4]).square().sum(1)
             bias[head] = -1.5 * distance.clamp_max(6)
-        self.bias = nn.Parameter(bias)
-
-    def forward(self) -> Tensor:
-        """The bias ``[1, heads, n, n]``."""
-        return self.bias[None, :, _offset_index(self.token_grid, self.bias.device)]
+    return bias.to(torch.get_default_device())
 
 
 @lru_cache(maxsize=16)
@@ -175,9 +184,12 @@ class Muse(PretrainedModel):
         width = config.hidden_size
         self.register_buffer("codes", torch.zeros(config.vocab_size, config.codebook_dim))
         self.input_table = TokenTable(config)
-        self.mask_embedding = nn.Parameter(torch.randn(1, width) * 0.5)
-        self.row_embedding = nn.Parameter(torch.randn(config.token_grid, 1, width) * 0.3)
-        self.column_embedding = nn.Parameter(torch.randn(1, config.token_grid, width) * 0.3)
+        self.mask_embedding = nn.Parameter(torch.empty(1, width))
+        self.row_embedding = nn.Parameter(torch.empty(config.token_grid, 1, width))
+        self.column_embedding = nn.Parameter(torch.empty(1, config.token_grid, width))
+        nn.init.normal_(self.mask_embedding, std=0.5)
+        nn.init.normal_(self.row_embedding, std=0.3)
+        nn.init.normal_(self.column_embedding, std=0.3)
         self.layers = nn.ModuleList(MuseLayer(config, i) for i in range(config.num_layers))
         self.norm_out = nn.LayerNorm(width)
         self.output_table = TokenTable(config)
