@@ -43,7 +43,8 @@ class Row:
     time of the whole process, which a busy machine hardly disturbs. `memory_mib` is the peak
     beyond what was held before the call. `floor_ms` is the larger of flops over `peak_gflops` and
     bytes over `copy_gb_s`, both measured in the same process. `ratio` is the best
-    peer's `min_ms` over this one: above 1 is faster than every peer.
+    peer's `min_ms` over this one: above 1 is faster than every peer; `cpu_ratio` is the same of
+    `cpu_ms`, the number to trust for one thread on a busy machine.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Row:
     share_of_floor: float | None = None
     best_peer: str = ""
     ratio: float | None = None
+    cpu_ratio: float | None = None
     flops: float | None = None
     bytes: float | None = None
     peak_gflops: float | None = None
@@ -127,7 +129,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this file lies in, with + if files were changed since."""
+    """The commit of the checkout that this file lies in, with + if sources were changed since."""
     folder = Path(__file__).parent
     if not (folder.parent / ".git").exists():
         return ""
@@ -137,14 +139,15 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
+        sources = [str(folder.parent / name) for name in ("benchmarks", "csrc", "python")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """Fills `best_peer` and `ratio`, by the least wall time, within each case and setting."""
+    """Fills `best_peer` and the ratios within each case and setting."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row.op, row.workload, row.case, row.device, row.threads, row.malloc)
@@ -158,6 +161,9 @@ def add_ratios(rows: Sequence[Row]) -> None:
         for row in timed:
             row.best_peer = best.provider
             row.ratio = (best.min_ms or 0.0) / (row.min_ms or 1.0)
+        quickest = min(peers, key=lambda row: row.cpu_ms or 0.0)
+        for row in timed:
+            row.cpu_ratio = (quickest.cpu_ms or 0.0) / row.cpu_ms if row.cpu_ms else None
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
@@ -182,6 +188,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def _number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
+    if value < 0.1:
+        return f"{value:.4f}"  # never wider than its column, however short the call
     return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 

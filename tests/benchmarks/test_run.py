@@ -94,7 +94,7 @@ def test_measure_times_providers_that_are_right():
     report.add_ratios([ours, peer])
     assert ours.best_peer == peer.best_peer == "torch"
     assert ours.ratio == pytest.approx(peer.min_ms / ours.min_ms)
-    assert peer.ratio == 1
+    assert peer.ratio == peer.cpu_ratio == 1
 
 
 def test_measure_quick_keeps_the_quick_cases():
