@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from t2p_fast import cli
@@ -199,6 +200,65 @@ def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(*arguments) == 2
     assert_one_line(capsys, "is a checkpoint of VQGAN, expected Muse")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_outputs_that_get_in_each_others_way(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    same = tmp_path / "." / "out.png"
+    assert run("reconstruct", photo, "-o", out, "--tokens", same, "--model", model) == 2
+    assert_one_line(capsys, "--tokens", "is also the file of --out")
+    assert run("reconstruct", photo, "-o", out, "--tokens", "x.gif", "--model", model) == 2
+    assert_one_line(capsys, "--tokens: x.gif does not end in .png")
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    assert run("train", "vqgan", "--config", "warmup", "--out", tmp_path / "file") == 2
+    assert_one_line(capsys, "is a file, expected a folder")
+    run_folder = tmp_path / "run"
+    assert run("train", "vqgan", "--out", run_folder, "--device", "tpu") == 2
+    assert_one_line(capsys, "--device: is 'tpu'")
+    assert not run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes\nstack"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    model: Path,
+    tmp_path: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def generate(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("t2p_fast.models.muse.Muse.generate", generate)
+    assert run("generate", "a", "-o", tmp_path / "out.png", "--model", model) == 2
+    assert_one_line(capsys, "emory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_reads_its_own_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmarks = pytest.importorskip("t2p_fast.benchmarks.run")
+    assert run("bench", "vq", "--help") == 0
+    assert "--quick" in capsys.readouterr().out
+    assert run("bench", "vq", "--nonsense") == 2
+    assert "--nonsense" in capsys.readouterr().err
+    assert run("bench", "no_such_op", "--quick") == 2
+    assert "no_such_op" in capsys.readouterr().err
+    seen: list[list[str]] = []
+    monkeypatch.setattr(benchmarks, "main", lambda arguments: seen.append(arguments) or 1)
+    assert run("bench", "vq", "--quick", "--threads", "1", "2") == 1
+    assert seen == [["vq", "--quick", "--threads", "1", "2"]]
 
 
 def test_train_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

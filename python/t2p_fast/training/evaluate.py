@@ -48,7 +48,8 @@ def evaluate(
         Reconstruction PSNR in dB (mean over pictures), and prompt accuracy: the share of the
         attributes that the captions state (colour, shape, size, relation) which are right.
     """
-    dataset = SceneDataset(vocabulary, split="test", seed=seed)
+    size = pipeline.vqgan.config.sample_size
+    dataset = SceneDataset(vocabulary, split="test", size=size, seed=seed)
     samples = [dataset[i] for i in range(count)]
     made, rebuilt, quality = [], [], []
     started = time.perf_counter()
