@@ -23,6 +23,7 @@ py::dict build_info() {
   if (T2P_X86) {
     isa_built.append("avx2");
     isa_built.append("avx512");
+    isa_built.append("avx512_vnni");
   }
   py::dict info;
   info["version"] = T2P_VERSION;

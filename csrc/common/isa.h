@@ -6,7 +6,9 @@
 // no function template of the standard library that could be emitted out of line.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
+#define T2P_ISA_NAMESPACE avx512_vnni
+#elif defined(__AVX512F__)
 #define T2P_ISA_NAMESPACE avx512
 #elif defined(__AVX2__)
 #define T2P_ISA_NAMESPACE avx2
@@ -24,7 +26,7 @@
 
 namespace t2p {
 
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
 
 const char* isa_name(Isa isa);
 
@@ -37,13 +39,14 @@ Isa chosen_isa();
 
 }  // namespace t2p
 
-// The one dispatch helper. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels or
-// avx512::kKernels of the enclosing namespace.
+// The one dispatch helper. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels,
+// avx512::kKernels or avx512_vnni::kKernels of the enclosing namespace.
 #if T2P_X86
-#define T2P_DISPATCH(name)                                   \
-  (::t2p::chosen_isa() == ::t2p::Isa::kAvx512 ? avx512::name \
-   : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2 ? avx2::name   \
-                                              : scalar::name)
+#define T2P_DISPATCH(name)                                            \
+  (::t2p::chosen_isa() == ::t2p::Isa::kAvx512Vnni ? avx512_vnni::name \
+   : ::t2p::chosen_isa() == ::t2p::Isa::kAvx512   ? avx512::name      \
+   : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2     ? avx2::name        \
+                                                  : scalar::name)
 #else
 #define T2P_DISPATCH(name) ((void)::t2p::chosen_isa(), scalar::name)
 #endif

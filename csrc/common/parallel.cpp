@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -103,21 +104,33 @@ class Pool {
   std::int64_t workers_ = 0;
 };
 
-// A forked child has none of its parent's threads and may have inherited a locked mutex: it starts
-// with a new pool and leaves the old one alone.
-Pool* pool_of_process = nullptr;
+// The entry of an OpenMP parallel region: GCC's libgomp has it, and LLVM's and Intel's runtimes for
+// compatibility.
+using Region = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-Pool& pool() {
-  static const bool made = [] {
-    pool_of_process = new Pool;
+// What the process runs loops on. A forked child has none of its parent's threads and may have
+// inherited a locked mutex: it leaves OpenMP and the old pool alone and starts with a new one.
+struct Threads {
+  Region region = nullptr;
+  Pool* pool = nullptr;
+};
+
+Threads& threads_of_process() {
+  static Threads threads = [] {
+    void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (symbol == nullptr) {
+      // Loaded by a module of Python, it may be out of the sight of others.
+      if (void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
+        symbol = dlsym(library, "GOMP_parallel");
+      }
+    }
     pthread_atfork(nullptr, nullptr, [] {
-      pool_of_process = new Pool;
+      threads_of_process() = {nullptr, new Pool};
       inside_task = false;
     });
-    return true;
+    return Threads{reinterpret_cast<Region>(symbol), new Pool};
   }();
-  (void)made;
-  return *pool_of_process;
+  return threads;
 }
 
 }  // namespace
@@ -128,7 +141,13 @@ void parallel_for(int threads, std::int64_t tasks, TaskRef body) {
     for (std::int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }
-  pool().run(helpers, tasks, body);
+  const Threads& process = threads_of_process();
+  if (process.region == nullptr) return process.pool->run(helpers, tasks, body);
+  Job job(body, tasks, helpers);
+  // Always a team of the same size: a runtime makes a smaller one by ending threads.
+  process.region([](void* data) { static_cast<Job*>(data)->run(); }, &job,
+                 static_cast<unsigned>(threads), 0);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace t2p

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Our own thread pool: no OpenMP runtime to clash with torch's, the thread count is an argument
-// (Python passes torch.get_num_threads()), and it survives fork (DataLoader workers).
+// Parallel loops on the threads that torch uses: on its OpenMP runtime, found at run time, so that
+// its idle threads take the work at once instead of spinning beside ours. Where there is none, and
+// in a forked child (DataLoader workers), where OpenMP may hang, on a pool of our own. The thread
+// count is an argument (Python passes torch.get_num_threads()).
 #pragma once
 
 #include <cstdint>

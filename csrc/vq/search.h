@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What vq.cpp and the kernel of one instruction set tell each other.
+//
+// The search has two stages. The coarse one scores all codes in small integers and compares by
+// float64 distance the few that its error bound leaves; where too many are left it gives the row
+// up. The fine one does the same with float32 scores for the rows that are left. Both are exact.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +13,8 @@
 namespace t2p::vq {
 
 constexpr std::int64_t kMaxBlockRows = 256;
+// What coarse_block gives as the index of a row that it could not decide.
+constexpr std::int64_t kUndecided = -1;
 
 // A codebook prepared for the search. A panel is `panel_codes` codes, centred and transposed. With
 // no panels given, search_block packs each as it comes to it: right for a single block of rows.
@@ -19,6 +25,17 @@ struct Codebook {
   const float* panels = nullptr;      // [ceil(k / panel_codes), d, panel_codes]
   const float* half_norms = nullptr;  // [ceil(k / panel_codes), panel_codes], |c - center|^2 / 2
   float largest_half_norm = 0;
+};
+
+// The same in small integers: value = scale * (integer - zero). They are bytes, four channels of a
+// code side by side, or for few channels 16-bit words, two by two; the last ones are filled up with
+// zeros.
+struct CoarseCodebook {
+  float scale;
+  const std::uint8_t* panels;  // [ceil(k / coarse_codes), coarse_panel_bytes(d)]
+  const float* half_norms;     // [ceil(k / coarse_codes), coarse_codes], negated
+  float largest_half_norm;
+  float largest_rounding;  // of all |c - its value in integers|^2
 };
 
 struct PanelRange {
@@ -40,10 +57,44 @@ struct SearchKernels {
                       float* panel,        // [d, panel_codes]
                       float* half_norms);  // [panel_codes]
 
-  // The nearest code within `panels` for the rows [first, first + count), count <= block_rows(d).
-  void (*search_block)(const Codebook& codebook, const Rows<const float>& x, PanelRange panels,
-                       std::int64_t first, std::int64_t count,
+  // The nearest code within `panels` for `count` rows, at most block_rows(d).
+  void (*search_block)(const Codebook& codebook, const Rows<const float>& x,
+                       const std::int64_t* rows,  // [count]
+                       std::int64_t count, PanelRange panels,
                        float* scratch,          // [scratch_size(d)], 64-byte aligned
+                       double* distance,        // [count]
+                       std::int64_t* indices);  // [count]
+
+  std::int64_t coarse_codes;
+  std::int64_t coarse_block_rows;
+  bool coarse_pays;  // whether it is faster than the fine stage
+
+  std::int64_t (*coarse_panel_bytes)(std::int64_t d);
+
+  // The largest |c - center| of any channel of codes[count, d]; NaNs do not count.
+  float (*largest_magnitude)(const float* codes, std::int64_t count, std::int64_t d,
+                             const float* center);
+
+  // The step between integers for values up to `magnitude`; 0 if the coarse stage cannot be used.
+  float (*coarse_scale)(float magnitude, std::int64_t d);
+
+  // Packs codes[count, d] into one panel; raises the two maxima.
+  void (*pack_coarse)(const float* codes, std::int64_t count, std::int64_t d, const float* center,
+                      float scale,
+                      std::uint8_t* panel,       // [coarse_panel_bytes(d)]
+                      float* half_norms,         // [coarse_codes]
+                      float& largest_half_norm,  //
+                      float& largest_rounding);
+
+  // Bytes of scratch memory that coarse_block wants.
+  std::int64_t (*coarse_scratch_size)(std::int64_t d);
+
+  // The nearest code within `panels` for the rows [first, first + count), count at most
+  // coarse_block_rows, or kUndecided.
+  void (*coarse_block)(const Codebook& codebook, const CoarseCodebook& coarse,
+                       const Rows<const float>& x, std::int64_t first, std::int64_t count,
+                       PanelRange panels,
+                       std::uint8_t* scratch,   // [coarse_scratch_size(d)], 64-byte aligned
                        double* distance,        // [count]
                        std::int64_t* indices);  // [count]
 };
@@ -55,6 +106,9 @@ namespace avx2 {
 extern const SearchKernels kSearch;
 }
 namespace avx512 {
+extern const SearchKernels kSearch;
+}
+namespace avx512_vnni {
 extern const SearchKernels kSearch;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search of a block of rows among the codes, for one instruction set. Included once per ISA.
+// The search of a block of rows among the codes, for one instruction set: here the fine stage, in
+// vq_coarse-inl.h the one before it. Included once per ISA.
 //
 // Squared distance orders codes as the score |c|^2/2 - x.c does, and the scores of a tile of rows
 // against a panel of codes are a small matrix product held in registers. Their float32 values are
@@ -11,6 +12,8 @@
 
 #include "common/simd.h"
 #include "vq/search.h"
+#include "vq/vq_coarse-inl.h"
+#include "vq/vq_distance-inl.h"
 #include "vq/vq_panel-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
@@ -41,32 +44,6 @@ std::int64_t scratch_size(std::int64_t d) {
          group_size(d) * (d + 1) * kPanelCodes;
 }
 
-// out[v] = sum over t of (x[t] - codes[v][t])^2. The order of the sum does not depend on kCodes:
-// equal codes are at equal distances, wherever they are compared.
-template <int kCodes>
-T2P_INLINE void distance64(const float* x, const float* const (&codes)[kCodes], std::int64_t d,
-                           double (&out)[kCodes]) {
-  constexpr int kStep = kLanes / 2;
-  F64 sums[kCodes];
-  for (F64& sum : sums) sum = broadcast(0.0);
-  std::int64_t t = 0;
-  for (; t + kStep <= d; t += kStep) {
-    const F64 row = load_f64(x + t);
-    for (int v = 0; v < kCodes; ++v) {
-      const F64 difference = sub(row, load_f64(codes[v] + t));
-      sums[v] = multiply_add(difference, difference, sums[v]);
-    }
-  }
-  if (const int left = static_cast<int>(d - t)) {
-    const F64 row = load_f64_first(x + t, left);
-    for (int v = 0; v < kCodes; ++v) {
-      const F64 difference = sub(row, load_f64_first(codes[v] + t, left));
-      sums[v] = multiply_add(difference, difference, sums[v]);
-    }
-  }
-  for (int v = 0; v < kCodes; ++v) out[v] = reduce_add(sums[v]);
-}
-
 // The kPanelVectors codes of a panel that share a lane compete as one. Of each row and lane the
 // scan keeps the smallest such minimum, the second smallest and the panel of the smallest.
 struct alignas(64) Lanes {
@@ -92,23 +69,13 @@ T2P_INLINE void merge_minima(const Minima& minima, int m, std::int64_t first_pan
   store(row.panel, panel);
 }
 
-struct Nearest {
-  double distance;
-  std::int64_t index;
-
-  T2P_INLINE void offer(double other, std::int64_t code) {
-    const bool better = (other < distance) | ((other == distance) & (code < index));
-    distance = better ? other : distance;
-    index = better ? code : index;
-  }
-};
-
 class BlockSearch {
  public:
-  BlockSearch(const Codebook& codebook, const Rows<const float>& x, PanelRange panels,
-              float* scratch)
+  BlockSearch(const Codebook& codebook, const Rows<const float>& x, const std::int64_t* rows,
+              PanelRange panels, float* scratch)
       : codebook_(codebook),
         x_(x),
+        row_numbers_(rows),
         panels_(panels),
         d_(codebook.d),
         stride_(row_stride(d_)),
@@ -118,17 +85,17 @@ class BlockSearch {
         group_(row_ + stride_),
         largest_half_norm_(codebook.largest_half_norm) {}
 
-  void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
-    load_rows(first, count);
+  void run(std::int64_t count, double* distance, std::int64_t* indices) {
+    load_rows(count);
     scan(count);
-    resolve(first, count, distance, indices);
+    resolve(count, distance, indices);
   }
 
  private:
   // Centres the rows; the last tile is filled up with zeros.
-  void load_rows(std::int64_t first, std::int64_t count) {
+  void load_rows(std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
-      const float* row = contiguous_row(first + i);
+      const float* row = contiguous_row(i);
       float* centred = rows_ + i * stride_;
       F32 squares = broadcast(0.f);
       for (std::int64_t t = 0; t < d_; t += kLanes) {
@@ -173,35 +140,40 @@ class BlockSearch {
 
   // Compares by float64 distance the codes that the scan could not discard. Where a lane's second
   // minimum is under the limit its panel is not known: those rows are scored once more.
-  void resolve(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
+  void resolve(std::int64_t count, double* distance, std::int64_t* indices) {
     const float radius = norm_bound(2 * largest_half_norm_, d_);
+    const TwiceErrorBound bound(radius, d_);
     std::int64_t again[kMaxBlockRows], repeated = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       Nearest nearest{double{kInfinity}, panels_.begin * kPanelCodes};
-      const float margin = twice_error_bound(norm_bound(squares_[i], d_), radius, d_);
+      const float margin = bound.slope * (norm_bound(squares_[i], d_) + radius) + bound.tiny;
       const float limit = reduce_min(load(lanes_[i].best)) + margin;
       const auto ambiguous = bits(not_greater(load(lanes_[i].second), broadcast(limit)));
       limit_[i] = limit < kInfinity ? limit : kInfinity;
       if (ambiguous || !(limit < kInfinity)) {
         again[repeated++] = i;
       } else {
-        const float* row = contiguous_row(first + i);
-        auto left = bits(not_greater(load(lanes_[i].best), broadcast(limit)));
-        for (; left; left &= left - 1) {
-          const int lane = __builtin_ctz(left);
-          offer_lane(row, std::int64_t{lanes_[i].panel[lane]} * kPanelCodes + lane, nearest);
+        const float* row = contiguous_row(i);
+        std::int32_t code[kPanelCodes + kLanes];
+        const M32 left = not_greater(load(lanes_[i].best), broadcast(limit));
+        const int lanes = store_chosen(code, left, lane_numbers());
+        for (int c = lanes; c-- > 0;) {
+          const int lane = code[c];
+          const std::int32_t first = lanes_[i].panel[lane] * kPanelCodes + lane;
+          for (int v = 0; v < kPanelVectors; ++v) code[c * kPanelVectors + v] = first + v * kLanes;
         }
+        offer_codes(codebook_, row, code, lanes * kPanelVectors, nearest);
       }
       distance[i] = nearest.distance;
       indices[i] = nearest.index;
     }
     for (std::int64_t i = 0; i < repeated; i += kTileRows) {
-      score_again(first, again + i, smaller(kTileRows, repeated - i), distance, indices);
+      score_again(again + i, smaller(kTileRows, repeated - i), distance, indices);
     }
   }
 
-  void score_again(std::int64_t first, const std::int64_t* rows, std::int64_t count,
-                   double* distance, std::int64_t* indices) {
+  void score_again(const std::int64_t* rows, std::int64_t count, double* distance,
+                   std::int64_t* indices) {
     for (std::int64_t m = 0; m < kTileRows; ++m) {
       const float* row = rows_ + rows[smaller(m, count - 1)] * stride_;
       for (std::int64_t t = 0; t < d_; ++t) retry_[m * stride_ + t] = row[t];
@@ -213,12 +185,12 @@ class BlockSearch {
         const std::int64_t i = rows[m];
         Nearest nearest{distance[i], indices[i]};
         for (int v = 0; v < kPanelVectors; ++v) {
-          auto left = bits(not_greater(scores[m][v], broadcast(limit_[i])));
-          if (!left) continue;
-          const float* row = contiguous_row(first + i);
-          for (; left; left &= left - 1) {
-            offer_code(row, p * kPanelCodes + v * kLanes + __builtin_ctz(left), nearest);
-          }
+          const M32 left = not_greater(scores[m][v], broadcast(limit_[i]));
+          if (!bits(left)) continue;
+          const auto first = static_cast<std::int32_t>(p * kPanelCodes + v * kLanes);
+          std::int32_t code[2 * kLanes];
+          const int count = store_chosen(code, left, add(lane_numbers(), broadcast(first)));
+          offer_codes(codebook_, contiguous_row(i), code, count, nearest);
         }
         distance[i] = nearest.distance;
         indices[i] = nearest.index;
@@ -226,33 +198,11 @@ class BlockSearch {
     }
     for (std::int64_t m = 0; m < count; ++m) {
       const std::int64_t i = rows[m];
-      if (!__builtin_isfinite(squares_[i]) && !all_finite(contiguous_row(first + i), d_)) {
+      if (!__builtin_isfinite(squares_[i]) && !all_finite(contiguous_row(i), d_)) {
         distance[i] = __builtin_nan("");
         indices[i] = 0;
       }
     }
-  }
-
-  // The codes of one lane of a panel. Past the last code it is offered again, which changes
-  // nothing.
-  T2P_INLINE void offer_lane(const float* row, std::int64_t code, Nearest& nearest) const {
-    std::int64_t index[kPanelVectors];
-    const float* codes[kPanelVectors];
-    double distance[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) {
-      index[v] = smaller(code + v * kLanes, codebook_.k - 1);
-      codes[v] = codebook_.codes + index[v] * d_;
-    }
-    distance64(row, codes, d_, distance);
-    for (int v = 0; v < kPanelVectors; ++v) nearest.offer(distance[v], index[v]);
-  }
-
-  T2P_INLINE void offer_code(const float* row, std::int64_t code, Nearest& nearest) const {
-    if (code >= codebook_.k) return;
-    const float* const codes[1] = {codebook_.codes + code * d_};
-    double distance[1];
-    distance64(row, codes, d_, distance);
-    nearest.offer(distance[0], code);
   }
 
   // Panel p: packed by the caller, or packed here into place q of the group.
@@ -270,8 +220,8 @@ class BlockSearch {
     return {codes, half_norms};
   }
 
-  const float* contiguous_row(std::int64_t r) const {
-    const float* row = x_.row(r);
+  const float* contiguous_row(std::int64_t i) const {
+    const float* row = x_.row(row_numbers_[i]);
     if (x_.channel_stride == 1) return row;
     for (std::int64_t t = 0; t < d_; ++t) row_[t] = row[t * x_.channel_stride];
     return row_;
@@ -279,6 +229,7 @@ class BlockSearch {
 
   const Codebook& codebook_;
   const Rows<const float>& x_;
+  const std::int64_t* const row_numbers_;
   const PanelRange panels_;
   const std::int64_t d_;
   const std::int64_t stride_;
@@ -292,14 +243,29 @@ class BlockSearch {
   Lanes lanes_[kMaxBlockRows + kTileRows];
 };
 
-void search_block(const Codebook& codebook, const Rows<const float>& x, PanelRange panels,
-                  std::int64_t first, std::int64_t count, float* scratch, double* distance,
+void search_block(const Codebook& codebook, const Rows<const float>& x, const std::int64_t* rows,
+                  std::int64_t count, PanelRange panels, float* scratch, double* distance,
                   std::int64_t* indices) {
-  BlockSearch(codebook, x, panels, scratch).run(first, count, distance, indices);
+  BlockSearch(codebook, x, rows, panels, scratch).run(count, distance, indices);
 }
 
 }  // namespace
 
-const SearchKernels kSearch{kPanelCodes, block_rows, scratch_size, pack_panel, search_block};
+const SearchKernels kSearch{
+    .panel_codes = kPanelCodes,
+    .block_rows = block_rows,
+    .scratch_size = scratch_size,
+    .pack_panel = pack_panel,
+    .search_block = search_block,
+    .coarse_codes = kCoarseCodes,
+    .coarse_block_rows = kCoarseBlockRows,
+    .coarse_pays = kLanes > 4,
+    .coarse_panel_bytes = coarse_panel_bytes,
+    .largest_magnitude = largest_magnitude,
+    .coarse_scale = coarse_scale,
+    .pack_coarse = pack_coarse,
+    .coarse_scratch_size = coarse_scratch_size,
+    .coarse_block = coarse_block,
+};
 
 }  // namespace t2p::vq::T2P_ISA_NAMESPACE

@@ -2,6 +2,7 @@
 #include "vq/vq.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -15,6 +16,9 @@
 
 namespace t2p::vq {
 namespace {
+
+// Below these the codebook is searched faster than it is rounded.
+constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -47,20 +51,105 @@ PanelRange part(std::int64_t count, std::int64_t parts, std::int64_t i) {
   return {count * i / parts, count * (i + 1) / parts};
 }
 
-}  // namespace
+// Runs search(first, count, panels, distance, indices) for blocks of rows and, where those do not
+// fill the threads, for parts of the panels; keeps the better of what the parts found.
+template <class Search>
+void search_blocks(int threads, std::int64_t rows, std::int64_t block_rows, std::int64_t panels,
+                   const Search& search, double* distance, std::int64_t* indices) {
+  const std::int64_t blocks = ceil_div(rows, block_rows), wanted = threads > 1 ? 4 * threads : 1;
+  const std::int64_t splits = std::clamp<std::int64_t>(wanted / blocks, 1, ceil_div(panels, 8));
+  const Buffer<double> split_distance(splits > 1 ? splits * rows : 0);
+  const Buffer<std::int64_t> split_index(splits > 1 ? splits * rows : 0);
+  double* to_distance = splits > 1 ? split_distance.data() : distance;
+  std::int64_t* to_index = splits > 1 ? split_index.data() : indices;
+  parallel_for(threads, blocks * splits, [&](std::int64_t task) {
+    const std::int64_t split = task / blocks, first = task % blocks * block_rows;
+    search(first, std::min(block_rows, rows - first), part(panels, splits, split),
+           to_distance + split * rows + first, to_index + split * rows + first);
+  });
+  for (std::int64_t r = 0; splits > 1 && r < rows; ++r) {
+    // Parts are in the order of the codes: the first of equals has the lowest index.
+    std::int64_t best = r;
+    bool decided = to_index[r] != kUndecided;
+    for (std::int64_t s = 1; s < splits; ++s) {
+      decided &= to_index[s * rows + r] != kUndecided;
+      if (to_distance[s * rows + r] < to_distance[best]) best = s * rows + r;
+    }
+    distance[r] = to_distance[best];
+    indices[r] = decided ? to_index[best] : kUndecided;
+  }
+}
 
-void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, int threads,
-                 std::int64_t* indices, float* distance) {
-  const std::int64_t n = x.count(), d = x.d;
-  if (n == 0) return;
-  const SearchKernels& kernels = T2P_DISPATCH(kSearch);
+// The coarse stage for all rows; those that it gives up have kUndecided as their index.
+void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
+                   const Rows<const float>& x, int threads, double* distance,
+                   std::int64_t* indices) {
+  const std::int64_t n = x.count(), k = codebook.k, d = codebook.d;
+  const std::int64_t width = kernels.coarse_codes, panels = ceil_div(k, width);
+  constexpr std::int64_t kPanelsPerTask = 8;
+  const std::int64_t tasks = ceil_div(panels, kPanelsPerTask);
+  const Buffer<float> magnitude(tasks), half_norm(tasks), rounding(tasks);
+  const auto codes_of = [&](std::int64_t first_panel, std::int64_t end_panel) {
+    return std::min(end_panel * width, k) - first_panel * width;
+  };
+  parallel_for(threads, tasks, [&](std::int64_t task) {
+    const std::int64_t first = task * kPanelsPerTask, end = std::min(first + kPanelsPerTask, panels);
+    magnitude[task] = kernels.largest_magnitude(codebook.codes + first * width * d,
+                                                codes_of(first, end), d, codebook.center);
+  });
+  const float scale =
+      kernels.coarse_scale(*std::max_element(magnitude.data(), magnitude.data() + tasks), d);
+  if (scale == 0) {
+    std::fill_n(indices, n, kUndecided);
+    return;
+  }
 
+  const std::int64_t panel_bytes = kernels.coarse_panel_bytes(d);
+  const Buffer<std::uint8_t> packed(panels * panel_bytes);
+  const Buffer<float> half_norms(panels * width);
+  parallel_for(threads, tasks, [&](std::int64_t task) {
+    const std::int64_t first = task * kPanelsPerTask, end = std::min(first + kPanelsPerTask, panels);
+    half_norm[task] = rounding[task] = 0;
+    for (std::int64_t p = first; p < end; ++p) {
+      kernels.pack_coarse(codebook.codes + p * width * d, codes_of(p, p + 1), d, codebook.center,
+                          scale, packed.data() + p * panel_bytes, half_norms.data() + p * width,
+                          half_norm[task], rounding[task]);
+    }
+  });
+  const CoarseCodebook coarse{
+      .scale = scale,
+      .panels = packed.data(),
+      .half_norms = half_norms.data(),
+      .largest_half_norm = *std::max_element(half_norm.data(), half_norm.data() + tasks),
+      .largest_rounding = *std::max_element(rounding.data(), rounding.data() + tasks)};
+
+  // Where the bound decides little, as when most codes are alike, the stage is left early.
+  std::atomic<std::int64_t> tried{0}, given_up{0};
+  search_blocks(
+      threads, n, kernels.coarse_block_rows, panels,
+      [&](std::int64_t first, std::int64_t count, PanelRange range, double* to, std::int64_t* index) {
+        if (given_up * 2 > tried && tried >= 2 * kernels.coarse_block_rows) {
+          std::fill_n(index, count, kUndecided);
+          return;
+        }
+        thread_local Buffer<std::uint8_t> scratch;
+        scratch.reserve(kernels.coarse_scratch_size(d));
+        kernels.coarse_block(codebook, coarse, x, first, count, range, scratch.data(), to, index);
+        tried += count;
+        given_up += std::count(index, index + count, kUndecided);
+      },
+      distance, indices);
+}
+
+// The fine stage for the rows [count] of x.
+void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<const float>& x,
+                 const std::int64_t* rows, std::int64_t count, int threads, double* distance,
+                 std::int64_t* indices) {
+  const std::int64_t k = codebook.k, d = codebook.d;
   const std::int64_t width = kernels.panel_codes, panels = ceil_div(k, width);
-  const std::int64_t block_rows = kernels.block_rows(d), blocks = ceil_div(n, block_rows);
-  const Buffer<float> center = center_of(codebook, k, d);
-  Codebook prepared{.codes = codebook, .center = center.data(), .k = k, .d = d};
+  const std::int64_t block_rows = kernels.block_rows(d);
   Buffer<float> packed, half_norms;
-  if (blocks > 1) {
+  if (count > block_rows) {
     packed.reserve(panels * width * d);
     half_norms.reserve(panels * width);
     const Buffer<float> largest(panels);
@@ -68,38 +157,54 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
     parallel_for(threads, ceil_div(panels, kPanelsPerTask), [&](std::int64_t task) {
       const std::int64_t end = std::min((task + 1) * kPanelsPerTask, panels);
       for (std::int64_t p = task * kPanelsPerTask; p < end; ++p) {
-        largest[p] = kernels.pack_panel(codebook + p * width * d, std::min(width, k - p * width), d,
-                                        center.data(), packed.data() + p * width * d,
-                                        half_norms.data() + p * width);
+        largest[p] =
+            kernels.pack_panel(codebook.codes + p * width * d, std::min(width, k - p * width), d,
+                               codebook.center, packed.data() + p * width * d,
+                               half_norms.data() + p * width);
       }
     });
-    prepared.panels = packed.data();
-    prepared.half_norms = half_norms.data();
-    prepared.largest_half_norm = *std::max_element(largest.data(), largest.data() + panels);
+    codebook.panels = packed.data();
+    codebook.half_norms = half_norms.data();
+    codebook.largest_half_norm = *std::max_element(largest.data(), largest.data() + panels);
   }
+  search_blocks(
+      threads, count, block_rows, panels,
+      [&](std::int64_t first, std::int64_t block, PanelRange range, double* to, std::int64_t* index) {
+        thread_local Buffer<float> scratch;
+        scratch.reserve(kernels.scratch_size(d));
+        kernels.search_block(codebook, x, rows + first, block, range, scratch.data(), to, index);
+      },
+      distance, indices);
+}
 
-  // Few rows do not fill the threads with blocks: the panels are then split as well.
-  const std::int64_t wanted = threads > 1 ? 4 * threads : 1;
-  const std::int64_t splits = std::clamp<std::int64_t>(wanted / blocks, 1, ceil_div(panels, 8));
-  Buffer<double> split_distance(splits * n);
-  Buffer<std::int64_t> split_index(splits * n);
-  parallel_for(threads, blocks * splits, [&](std::int64_t task) {
-    thread_local Buffer<float> scratch;
-    scratch.reserve(kernels.scratch_size(d));
-    const std::int64_t split = task / blocks, first = task % blocks * block_rows;
-    kernels.search_block(prepared, x, part(panels, splits, split), first,
-                         std::min(block_rows, n - first), scratch.data(),
-                         split_distance.data() + split * n + first,
-                         split_index.data() + split * n + first);
-  });
+}  // namespace
+
+void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, int threads,
+                 std::int64_t* indices, float* distance) {
+  const std::int64_t n = x.count(), d = x.d;
+  if (n == 0) return;
+  const SearchKernels& kernels = T2P_DISPATCH(kSearch);
+  const Buffer<float> center = center_of(codebook, k, d);
+  const Codebook prepared{.codes = codebook, .center = center.data(), .k = k, .d = d};
+  const Buffer<double> exact(n);
+  const bool coarse = kernels.coarse_pays && n >= kLeastCoarseRows && k >= kLeastCoarseCodes;
+  if (coarse) search_coarse(kernels, prepared, x, threads, exact.data(), indices);
+
+  Buffer<std::int64_t> left(n), left_index(n);
+  std::int64_t count = 0;
   for (std::int64_t r = 0; r < n; ++r) {
-    std::int64_t best = r;  // splits are in the order of the codes: the first of equals is lowest
-    for (std::int64_t s = 1; s < splits; ++s) {
-      if (split_distance[s * n + r] < split_distance[best]) best = s * n + r;
-    }
-    indices[r] = std::isinf(split_distance[best]) ? 0 : split_index[best];
-    distance[r] = static_cast<float>(split_distance[best]);
+    if (!coarse || indices[r] == kUndecided) left[count++] = r;
   }
+  if (count > 0) {
+    const Buffer<double> left_distance(count);
+    search_fine(kernels, prepared, x, left.data(), count, threads, left_distance.data(),
+                left_index.data());
+    for (std::int64_t i = 0; i < count; ++i) {
+      exact[left[i]] = left_distance[i];
+      indices[left[i]] = std::isinf(left_distance[i]) ? 0 : left_index[i];
+    }
+  }
+  for (std::int64_t r = 0; r < n; ++r) distance[r] = static_cast<float>(exact[r]);
 }
 
 void lookup_cpu(const std::int64_t* indices, const float* codebook, std::int64_t k, int threads,

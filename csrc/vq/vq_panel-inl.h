@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Panels of codes, their scores against a tile of rows, and how far those scores may be off.
 // Included by vq-inl.h, once per ISA.
+#pragma once
+
 #include <cstdint>
 
 #include "common/simd.h"
+#include "vq/vq_distance-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
 namespace {
-
-using namespace simd::T2P_ISA_NAMESPACE;
 
 // Rows of a tile and vectors of a panel: kTileRows * kPanelVectors sums, one step of a panel and a
 // broadcast fill the register file (32 registers in AVX-512, 16 below).
@@ -18,8 +19,6 @@ constexpr int kPanelCodes = kPanelVectors * kLanes;
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kSmallestNormal = 1.17549435e-38f;
-
-T2P_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 bool all_finite(const float* p, std::int64_t d) {
   for (std::int64_t t = 0; t < d; ++t) {
@@ -32,13 +31,17 @@ bool all_finite(const float* p, std::int64_t d) {
 // The sum of d products errs by at most d u (|x| |c| + |c|^2 / 2), u = 2^-24, or twice that without
 // FMA; the halved norm it starts from by d u |c|^2 / 2; centring by a few u more. The last term
 // covers results below the normal range, whether they are flushed to zero or not.
-float twice_error_bound(float x, float radius, std::int64_t d) {
-  const float steps = static_cast<float>((kFusedMultiplyAdd ? 1 : 2) * d + 16);
-  const float relative = steps * 0x1p-24f;
-  if (relative > 0.25f) return kInfinity;
-  return 2.1f / (1 - relative) * relative * (radius * (x + radius)) +
-         4 * steps * kSmallestNormal * (1 + x + radius);
-}
+// It is slope * (x + radius) + tiny.
+struct TwiceErrorBound {
+  float slope, tiny;
+
+  T2P_INLINE TwiceErrorBound(float radius, std::int64_t d) {
+    const float steps = static_cast<float>((kFusedMultiplyAdd ? 1 : 2) * d + 16);
+    const float relative = steps * 0x1p-24f;
+    tiny = 4 * steps * kSmallestNormal;
+    slope = relative > 0.25f ? kInfinity : 2.1f / (1 - relative) * relative * radius + tiny;
+  }
+};
 
 // An upper bound of the norm whose square was computed as `squares`.
 float norm_bound(float squares, std::int64_t d) {

@@ -2,9 +2,8 @@
 """Captioned scenes drawn by a program: a dataset whose captions can be checked in the pixels.
 
 A scene is one to three flat shapes on a plain background. Everything about it follows from
-``(seed, index)``, so a dataset needs no storage, a run can resume anywhere, and train and test
-never share a scene: a scene's content (all but its positions) is hashed, and one sixteenth of the
-hashes belongs to the test split.
+``(seed, index)``, so a dataset needs no storage and a run can resume anywhere. No two splits share
+a scene: a scene's content (all but its positions) is hashed, and the hash says where it belongs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from t2p_fast.data.captions import Claims, ObjectClaim, RelationClaim, write_caption
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 OBJECT_COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -47,7 +46,11 @@ TEXTURES = ("solid", "striped", "dotted", "checkered")
 TEXTURE_SHADE = 0.65
 
 _SUPERSAMPLE = 8
-_TEST_SHARE = 16
+# Of 16 hashes, those below the first bound are test, those below the second validation. There are
+# few scenes of one object, so more of them are held out: a handful would say little.
+_SPLIT_BOUNDS = {1: (3, 4)}
+_DEFAULT_SPLIT_BOUNDS = (1, 2)
+_SPLIT_SEEDS: dict[Split, int] = {"train": 0, "test": 1, "validation": 2}
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class SceneDataset:
 
     Args:
         vocabulary: a name in ``VOCABULARIES`` or a :class:`Vocabulary`.
-        split: ``"train"`` or ``"test"``; no content occurs in both.
+        split: ``"train"``, ``"validation"`` or ``"test"``; no content occurs in two of them.
         size: side of the square pictures in pixels, a multiple of 16.
         seed: another seed is another stream of scenes.
         length: what ``len()`` says; indices beyond it are refused.
@@ -157,8 +160,10 @@ class SceneDataset:
                     f"{sorted(VOCABULARIES)}"
                 )
             vocabulary = VOCABULARIES[vocabulary]
-        if split not in ("train", "test"):
-            raise ValueError(f"SceneDataset: split is {split!r}, expected 'train' or 'test'")
+        if split not in _SPLIT_SEEDS:
+            raise ValueError(
+                f"SceneDataset: split is {split!r}, expected one of {', '.join(_SPLIT_SEEDS)}"
+            )
         if size < 16 or size % 16:
             raise ValueError(f"SceneDataset: size is {size}, expected a multiple of 16")
         self.vocabulary = vocabulary
@@ -176,19 +181,20 @@ class SceneDataset:
     def __getitem__(self, index: int) -> SceneSample:
         if not 0 <= index < self.length:
             raise IndexError(f"SceneDataset: index is {index}, expected 0 <= index < {self.length}")
-        rng = random.Random((self.seed << 40) ^ (index << 1) ^ (self.split == "test"))
+        rng = random.Random((self.seed << 40) ^ (index << 2) ^ _SPLIT_SEEDS[self.split])
+        # Drawn before the split is looked at: single objects are as frequent in every split.
+        count = rng.choice(self.vocabulary.object_counts)
         while True:
-            scene = sample_scene(self.vocabulary, rng)
-            if _is_test(scene) == (self.split == "test"):
+            scene = sample_scene(self.vocabulary, rng, count)
+            if split_of(scene) == self.split:
                 break
         claims = _draw_claims(scene, self.vocabulary, rng)
         return SceneSample(render(scene, self.size), write_caption(claims, rng), scene, claims)
 
 
-def sample_scene(vocabulary: Vocabulary, rng: random.Random) -> Scene:
-    """Draws a scene whose relations hold with a clear margin and whose objects do not touch."""
+def sample_scene(vocabulary: Vocabulary, rng: random.Random, count: int) -> Scene:
+    """Draws a scene of ``count`` objects that do not touch and whose relations hold clearly."""
     background = rng.choice(vocabulary.backgrounds)
-    count = rng.choice(vocabulary.object_counts)
     while True:
         kinds: list[tuple[str, str, str, str]] = []
         while len(kinds) < count:
@@ -345,10 +351,13 @@ def _is_valid(objects: tuple[SceneObject, ...], relations: tuple[RelationClaim, 
     return True
 
 
-def _is_test(scene: Scene) -> bool:
+def split_of(scene: Scene) -> Split:
+    """The split that a scene belongs to, wherever its objects stand."""
     content = [(o.shape, o.color, o.size, o.texture) for o in scene.objects]
     text = repr((content, scene.background, [r.relation for r in scene.relations]))
-    return zlib.crc32(text.encode()) % _TEST_SHARE == 0
+    test, validation = _SPLIT_BOUNDS.get(len(scene.objects), _DEFAULT_SPLIT_BOUNDS)
+    hashed = zlib.crc32(text.encode()) % 16
+    return "test" if hashed < test else "validation" if hashed < validation else "train"
 
 
 def _draw_claims(scene: Scene, vocabulary: Vocabulary, rng: random.Random) -> Claims:

@@ -46,7 +46,7 @@ class MuseConfig:
         if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"MuseConfig: hidden_size is {self.hidden_size}, expected a multiple of "
-                f"num_heads, {self.num_heads}, which is at least 2"
+                f"num_heads, {self.num_heads}, which is at least 1"
             )
 
     @property
@@ -226,7 +226,11 @@ class Muse(PretrainedModel):
         return embed, 0.06 * self.output_table(self.codes)
 
     def forward(
-        self, tokens: Tensor, text: TextEncoding, tables: tuple[Tensor, Tensor] | None = None
+        self,
+        tokens: Tensor,
+        text: TextEncoding,
+        tables: tuple[Tensor, Tensor] | None = None,
+        where: Tensor | None = None,
     ) -> Tensor:
         """Predicts all tokens.
 
@@ -234,9 +238,10 @@ class Muse(PretrainedModel):
             tokens: ``[b, n]`` int64 in ``[0, V]``, where ``V`` is the mask.
             text: the encoded prompts, ``[b, l, text_embed_dim]``.
             tables: the result of :meth:`tables`, if it is at hand.
+            where: ``[b, n]`` bool, the ``m`` positions that are to be scored; ``None`` scores all.
 
         Returns:
-            Logits ``[b, n, V]``.
+            Logits ``[b, n, V]``, or ``[m, V]`` of the positions ``where``.
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.config.sequence_length:
             raise ValueError(
@@ -249,6 +254,8 @@ class Muse(PretrainedModel):
         mask = text.mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, text.embeddings, mask)
+        if where is not None:
+            x = x[where]
         return F.linear(self.norm_out(x), score, self.output_bias)
 
     @torch.no_grad()

@@ -37,10 +37,10 @@ class MuseWithText(nn.Module):
         self.muse = muse
         self.text_encoder = text_encoder
 
-    def forward(self, tokens: Tensor, ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Logits ``[b, n, V]``; see :class:`Muse`."""
+    def forward(self, tokens: Tensor, ids: Tensor, text_mask: Tensor, where: Tensor) -> Tensor:
+        """Logits ``[m, V]`` of the ``m`` positions ``where``; see :class:`Muse`."""
         text = TextEncoding(self.text_encoder(ids, text_mask), text_mask)
-        logits: Tensor = self.muse(tokens, text)
+        logits: Tensor = self.muse(tokens, text, where=where)
         return logits
 
 
@@ -102,14 +102,12 @@ class MuseTask(Task):
         masked_tokens, masked = random_mask(tokens, self.config.model.mask_token)
         with _attention_backend(trainer.device):
             with trainer.accelerator.autocast():
-                logits = self.modules["muse"](masked_tokens, ids, text_mask)
+                logits = self.modules["muse"](masked_tokens, ids, text_mask, masked)
             loss = F.cross_entropy(
-                logits[masked].float(),
-                tokens[masked],
-                label_smoothing=self.config.loss.label_smoothing,
+                logits.float(), tokens[masked], label_smoothing=self.config.loss.label_smoothing
             )
             trainer.optimize("muse", loss)
-        right = (logits.argmax(-1) == tokens)[masked].float().mean()
+        right = (logits.argmax(-1) == tokens[masked]).float().mean()
         return {"loss": loss, "accuracy": right}
 
     def save_pretrained(self, module: nn.Module, folder: Path) -> None:
