@@ -28,11 +28,14 @@ struct Codebook {
 };
 
 // The same in small integers: value = scale * (integer - zero). They are bytes, four channels of a
-// code side by side, or for few channels 16-bit words, two by two; the last ones are filled up with
-// zeros.
+// code side by side, or 16-bit words, two by two; the last ones are filled up with zeros. Words are
+// more exact and take twice the time.
+enum class Format { kBytes, kWords };
+
 struct CoarseCodebook {
+  Format format;
   float scale;
-  const std::uint8_t* panels;  // [ceil(k / coarse_codes), coarse_panel_bytes(d)]
+  const std::uint8_t* panels;  // [ceil(k / coarse_codes), coarse_panel_bytes(format, d)]
   const float* half_norms;     // [ceil(k / coarse_codes), coarse_codes], negated
   float largest_half_norm;
   float largest_rounding;  // of all |c - its value in integers|^2
@@ -69,19 +72,19 @@ struct SearchKernels {
   std::int64_t coarse_block_rows;
   bool coarse_pays;  // whether it is faster than the fine stage
 
-  std::int64_t (*coarse_panel_bytes)(std::int64_t d);
+  std::int64_t (*coarse_panel_bytes)(Format format, std::int64_t d);
 
   // The largest |c - center| of any channel of codes[count, d]; NaNs do not count.
   float (*largest_magnitude)(const float* codes, std::int64_t count, std::int64_t d,
                              const float* center);
 
   // The step between integers for values up to `magnitude`; 0 if the coarse stage cannot be used.
-  float (*coarse_scale)(float magnitude, std::int64_t d);
+  float (*coarse_scale)(Format format, float magnitude, std::int64_t d);
 
   // Packs codes[count, d] into one panel; raises the two maxima.
-  void (*pack_coarse)(const float* codes, std::int64_t count, std::int64_t d, const float* center,
-                      float scale,
-                      std::uint8_t* panel,       // [coarse_panel_bytes(d)]
+  void (*pack_coarse)(Format format, const float* codes, std::int64_t count, std::int64_t d,
+                      const float* center, float scale,
+                      std::uint8_t* panel,       // [coarse_panel_bytes(format, d)]
                       float* half_norms,         // [coarse_codes]
                       float& largest_half_norm,  //
                       float& largest_rounding);

@@ -19,6 +19,8 @@ namespace {
 
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
+// With so few channels the comparisons that words save weigh more than the time they take.
+constexpr std::int64_t kMostWordChannels = 8;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -86,6 +88,7 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
                    std::int64_t* indices) {
   const std::int64_t n = x.count(), k = codebook.k, d = codebook.d;
   const std::int64_t width = kernels.coarse_codes, panels = ceil_div(k, width);
+  const Format format = d <= kMostWordChannels ? Format::kWords : Format::kBytes;
   constexpr std::int64_t kPanelsPerTask = 8;
   const std::int64_t tasks = ceil_div(panels, kPanelsPerTask);
   const Buffer<float> magnitude(tasks), half_norm(tasks), rounding(tasks);
@@ -93,30 +96,33 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
     return std::min(end_panel * width, k) - first_panel * width;
   };
   parallel_for(threads, tasks, [&](std::int64_t task) {
-    const std::int64_t first = task * kPanelsPerTask, end = std::min(first + kPanelsPerTask, panels);
+    const std::int64_t first = task * kPanelsPerTask,
+                       end = std::min(first + kPanelsPerTask, panels);
     magnitude[task] = kernels.largest_magnitude(codebook.codes + first * width * d,
                                                 codes_of(first, end), d, codebook.center);
   });
-  const float scale =
-      kernels.coarse_scale(*std::max_element(magnitude.data(), magnitude.data() + tasks), d);
+  const float scale = kernels.coarse_scale(
+      format, *std::max_element(magnitude.data(), magnitude.data() + tasks), d);
   if (scale == 0) {
     std::fill_n(indices, n, kUndecided);
     return;
   }
 
-  const std::int64_t panel_bytes = kernels.coarse_panel_bytes(d);
+  const std::int64_t panel_bytes = kernels.coarse_panel_bytes(format, d);
   const Buffer<std::uint8_t> packed(panels * panel_bytes);
   const Buffer<float> half_norms(panels * width);
   parallel_for(threads, tasks, [&](std::int64_t task) {
-    const std::int64_t first = task * kPanelsPerTask, end = std::min(first + kPanelsPerTask, panels);
+    const std::int64_t first = task * kPanelsPerTask,
+                       end = std::min(first + kPanelsPerTask, panels);
     half_norm[task] = rounding[task] = 0;
     for (std::int64_t p = first; p < end; ++p) {
-      kernels.pack_coarse(codebook.codes + p * width * d, codes_of(p, p + 1), d, codebook.center,
-                          scale, packed.data() + p * panel_bytes, half_norms.data() + p * width,
-                          half_norm[task], rounding[task]);
+      kernels.pack_coarse(format, codebook.codes + p * width * d, codes_of(p, p + 1), d,
+                          codebook.center, scale, packed.data() + p * panel_bytes,
+                          half_norms.data() + p * width, half_norm[task], rounding[task]);
     }
   });
   const CoarseCodebook coarse{
+      .format = format,
       .scale = scale,
       .panels = packed.data(),
       .half_norms = half_norms.data(),
@@ -127,7 +133,8 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
   std::atomic<std::int64_t> tried{0}, given_up{0};
   search_blocks(
       threads, n, kernels.coarse_block_rows, panels,
-      [&](std::int64_t first, std::int64_t count, PanelRange range, double* to, std::int64_t* index) {
+      [&](std::int64_t first, std::int64_t count, PanelRange range, double* to,
+          std::int64_t* index) {
         if (given_up * 2 > tried && tried >= 2 * kernels.coarse_block_rows) {
           std::fill_n(index, count, kUndecided);
           return;
@@ -157,10 +164,9 @@ void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<con
     parallel_for(threads, ceil_div(panels, kPanelsPerTask), [&](std::int64_t task) {
       const std::int64_t end = std::min((task + 1) * kPanelsPerTask, panels);
       for (std::int64_t p = task * kPanelsPerTask; p < end; ++p) {
-        largest[p] =
-            kernels.pack_panel(codebook.codes + p * width * d, std::min(width, k - p * width), d,
-                               codebook.center, packed.data() + p * width * d,
-                               half_norms.data() + p * width);
+        largest[p] = kernels.pack_panel(
+            codebook.codes + p * width * d, std::min(width, k - p * width), d, codebook.center,
+            packed.data() + p * width * d, half_norms.data() + p * width);
       }
     });
     codebook.panels = packed.data();
@@ -169,7 +175,8 @@ void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<con
   }
   search_blocks(
       threads, count, block_rows, panels,
-      [&](std::int64_t first, std::int64_t block, PanelRange range, double* to, std::int64_t* index) {
+      [&](std::int64_t first, std::int64_t block, PanelRange range, double* to,
+          std::int64_t* index) {
         thread_local Buffer<float> scratch;
         scratch.reserve(kernels.scratch_size(d));
         kernels.search_block(codebook, x, rows + first, block, range, scratch.data(), to, index);
@@ -190,21 +197,27 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   const bool coarse = kernels.coarse_pays && n >= kLeastCoarseRows && k >= kLeastCoarseCodes;
   if (coarse) search_coarse(kernels, prepared, x, threads, exact.data(), indices);
 
-  Buffer<std::int64_t> left(n), left_index(n);
-  std::int64_t count = 0;
-  for (std::int64_t r = 0; r < n; ++r) {
-    if (!coarse || indices[r] == kUndecided) left[count++] = r;
-  }
-  if (count > 0) {
-    const Buffer<double> left_distance(count);
-    search_fine(kernels, prepared, x, left.data(), count, threads, left_distance.data(),
-                left_index.data());
-    for (std::int64_t i = 0; i < count; ++i) {
-      exact[left[i]] = left_distance[i];
-      indices[left[i]] = std::isinf(left_distance[i]) ? 0 : left_index[i];
+  std::atomic<std::int64_t> count{coarse ? 0 : n};
+  constexpr std::int64_t kRows = 8192;
+  parallel_for(threads, coarse ? ceil_div(n, kRows) : 0, [&](std::int64_t task) {
+    std::int64_t undecided = 0;
+    for (std::int64_t r = task * kRows, end = std::min(r + kRows, n); r < end; ++r) {
+      distance[r] = static_cast<float>(exact[r]);
+      undecided += indices[r] == kUndecided;
     }
+    count += undecided;
+  });
+  if (count == 0) return;
+
+  const Buffer<std::int64_t> rows(count), index(count);
+  for (std::int64_t r = 0, i = 0; r < n; ++r) {
+    if (!coarse || indices[r] == kUndecided) rows[i++] = r;
   }
-  for (std::int64_t r = 0; r < n; ++r) distance[r] = static_cast<float>(exact[r]);
+  search_fine(kernels, prepared, x, rows.data(), count, threads, exact.data(), index.data());
+  for (std::int64_t i = 0; i < count; ++i) {
+    distance[rows[i]] = static_cast<float>(exact[i]);
+    indices[rows[i]] = std::isinf(exact[i]) ? 0 : index[i];
+  }
 }
 
 void lookup_cpu(const std::int64_t* indices, const float* codebook, std::int64_t k, int threads,

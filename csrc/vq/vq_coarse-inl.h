@@ -2,11 +2,11 @@
 // The coarse stage: all codes scored in small integers, few compared in float64. Included by
 // vq-inl.h, once per ISA.
 //
-// With x ~ a p and c ~ b (q - z), p and q integers, the score |c|^2/2 - x.c of a row orders codes as
-// the integer p.q - |c|^2/(2ab) does, largest first: z p.1 is the same for all of them. It is off by
-// at most E = |x - a p| |c| + |a p| |c - b (q - z)|, plus the roundings of float32, so the nearest
-// code is among those whose integer is at least the largest one less 2E/(ab). All norms but that of
-// c, for which the largest serves, are measured, not guessed.
+// With x ~ a p and c ~ b (q - z), p and q integers, the score |c|^2/2 - x.c of a row orders codes
+// as the integer p.q - |c|^2/(2ab) does, largest first: z p.1 is the same for all of them. It is
+// off by at most E = |x - a p| |c| + |a p| |c - b (q - z)|, plus the roundings of float32, so the
+// nearest code is among those whose integer is at least the largest one less 2E/(ab). All norms but
+// that of c, for which the largest serves, are measured, not guessed.
 #pragma once
 
 #include <cstdint>
@@ -14,170 +14,30 @@
 #include "common/simd.h"
 #include "vq/search.h"
 #include "vq/vq_distance-inl.h"
+#include "vq/vq_integers-inl.h"
 #include "vq/vq_panel-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
 namespace {
 
-constexpr int kCoarseVectors = kLanes == 8 ? 2 : 3;
-constexpr int kCoarseCodes = kCoarseVectors * kLanes;
 constexpr std::int64_t kCoarseBlockRows = 128;
-// Words are more exact and take twice the time: they pay where the time is short anyway.
-constexpr std::int64_t kMaxWordChannels = 16;
-
-struct Bytes {
-  static constexpr int kChannels = 4;  // in 32 bits
-  static constexpr int kCodeZero = (kLargestByte + 1) / 2;
-  static constexpr int kCodeRange = kLargestByte / 2;  // 127 or 63 either side of the zero
-  static constexpr int kRowRange = 127;
-  static T2P_INLINE void store_integers(std::uint8_t* p, std::int64_t i, I32 a) {
-    store_bytes(p + i, a);
-  }
-  static T2P_INLINE I32 dot(I32 sum, I32 codes, I32 rows) { return dot_bytes(sum, codes, rows); }
-};
-
-struct Words {
-  static constexpr int kChannels = 2;
-  static constexpr int kCodeZero = 0;
-  static constexpr int kCodeRange = 8191;
-  static constexpr int kRowRange = 8191;
-  static T2P_INLINE void store_integers(std::uint8_t* p, std::int64_t i, I32 a) {
-    store_words(reinterpret_cast<std::int16_t*>(p) + i, a);
-  }
-  static T2P_INLINE I32 dot(I32 sum, I32 codes, I32 rows) { return dot_words(sum, codes, rows); }
-};
-
-// Sums stay inside 31 bits: products reach 255 * 127 * d or 2^26 d, at most 2^30, the half norm is
-// kept below 2^29 and the margin below 2^28.
-constexpr std::int64_t kMaxCoarseChannels = 32768;
-constexpr float kLargestHalfNorm = 0x1p29f, kLargestMargin = 0x1p28f;
 
 // Panels are scanned in groups: the maxima of a tile's rows are only stored, and looked at once per
-// group. The bytes of a group stay in the L2 cache.
-constexpr int kMaxCoarseGroup = 32;
+// group. With few channels all of it stays in the L1 cache, with many in the L2.
+constexpr int kMaxCoarseGroup = 16;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are compared for a row before it is given up.
 constexpr int kMaxCandidates = 64;
-
-template <class Integers>
-T2P_INLINE std::int64_t coarse_steps(std::int64_t d) {
-  return (d + Integers::kChannels - 1) / Integers::kChannels;
-}
-
-// Bytes between two rows: room for a vector behind each, and no power of two.
-T2P_INLINE std::int64_t coarse_stride(std::int64_t d) {
-  const std::int64_t bytes = d <= kMaxWordChannels ? 2 * d : d;
-  return (bytes + 2 * kLanes + 63) / 64 * 64 + (d >= 64 ? 64 : 0);
-}
-
-std::int64_t coarse_panel_bytes(std::int64_t d) {
-  const std::int64_t steps =
-      d <= kMaxWordChannels ? coarse_steps<Words>(d) : coarse_steps<Bytes>(d);
-  return steps * kCoarseCodes * 4;
-}
 
 T2P_INLINE int coarse_group(std::int64_t d) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
   return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, kMaxCoarseGroup));
 }
 
-float largest_magnitude(const float* codes, std::int64_t count, std::int64_t d,
-                        const float* center) {
-  F32 largest = broadcast(0.f);
-  for (std::int64_t j = 0; j < count; ++j) {
-    for (std::int64_t t = 0; t < d; t += kLanes) {
-      const int left = static_cast<int>(smaller(kLanes, d - t));
-      const F32 value = sub(load_first(codes + j * d + t, left), load_first(center + t, left));
-      // In this order a NaN gives way to the other operand.
-      largest = max(magnitude(value), largest);
-    }
-  }
-  return reduce_max(largest);
-}
-
-float coarse_scale(float magnitude, std::int64_t d) {
-  // Within these limits no square or product of what follows leaves the range of float32.
-  const bool usable = magnitude > 1e-13f && magnitude < 1e13f && d <= kMaxCoarseChannels;
-  if (!usable) return 0;
-  return magnitude / (d <= kMaxWordChannels ? Words::kCodeRange : Bytes::kCodeRange);
-}
-
-template <class Integers>
-T2P_INLINE void pack_integers(const float* codes, std::int64_t count, std::int64_t d,
-                              const float* center, float scale, std::uint8_t* panel,
-                              float* half_norms, float& largest_half_norm,
-                              float& largest_rounding) {
-  constexpr int kChannels = Integers::kChannels;
-  const std::int64_t steps = coarse_steps<Integers>(d);
-  const F32 step = broadcast(scale), per_step = broadcast(1 / scale);
-  const I32 zero = broadcast(std::int32_t{Integers::kCodeZero});
-  constexpr int kQuads = kLanes / 4;  // codes whose four channels share a vector
-  for (std::int64_t j = 0; j < kCoarseCodes; j += kQuads) {
-    F32 squares = broadcast(0.f), rounding = broadcast(0.f);
-    const bool whole = j + kQuads <= count;
-    for (std::int64_t t = 0; t < d; t += 4) {
-      F32 value;
-      if (whole && t + 4 <= d) {
-        value = sub(load_quads(codes + j * d + t, d), load_quads(center + t, 0));
-      } else {
-        float staged[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const std::int64_t code = j + i / 4, u = t + i % 4;
-          staged[i] = code < count && u < d ? codes[code * d + u] - center[u] : 0.0f;
-        }
-        value = load(staged);
-      }
-      const I32 rounded = to_i32(mul(value, per_step));
-      const I32 integers = add(rounded, zero);
-      if constexpr (kChannels == 4) {
-        store_bytes(panel + (t * kCoarseCodes + j * 4), integers);
-      } else {
-        // The first two channels of each code belong to one step, the others to the next.
-        std::int16_t words[2 * kLanes];
-        store_words(words, integers);
-        for (int i = 0; i < kLanes; i += 2) {
-          const std::int64_t s = t / 2 + i / 2 % 2;
-          if (s < steps) __builtin_memcpy(panel + (s * kCoarseCodes + j + i / 4) * 4, words + i, 4);
-        }
-      }
-      const F32 off = multiply_subtract_from(step, to_f32(rounded), value);
-      squares = multiply_add(value, value, squares);
-      rounding = multiply_add(off, off, rounding);
-    }
-    float square[kLanes], off[kLanes];
-    store(square, squares);
-    store(off, rounding);
-    for (int i = 0; i < kQuads; ++i) {
-      const float* s = square + 4 * i;
-      const float* r = off + 4 * i;
-      const float half = 0.5f * ((s[0] + s[1]) + (s[2] + s[3]));
-      const float error = (r[0] + r[1]) + (r[2] + r[3]);
-      half_norms[j + i] = -half;
-      if (j + i < count && __builtin_isfinite(half)) {
-        if (half > largest_half_norm) largest_half_norm = half;
-        if (error > largest_rounding) largest_rounding = error;
-        continue;
-      }
-      // Padding, or a code with a NaN: converted to an integer it is the least of all.
-      half_norms[j + i] = -kInfinity;
-      for (std::int64_t t = 0; t < steps; ++t) {
-        __builtin_memset(panel + (t * kCoarseCodes + j + i) * 4, 0, 4);
-      }
-    }
-  }
-}
-
-void pack_coarse(const float* codes, std::int64_t count, std::int64_t d, const float* center,
-                 float scale, std::uint8_t* panel, float* half_norms, float& largest_half_norm,
-                 float& largest_rounding) {
-  const auto pack = d <= kMaxWordChannels ? pack_integers<Words> : pack_integers<Bytes>;
-  pack(codes, count, d, center, scale, panel, half_norms, largest_half_norm, largest_rounding);
-}
-
 // What turns the scores of a tile of rows into integers.
 struct CoarseTile {
-  float per_unit;                // 1 / (ab); 0 if the tile cannot be used
-  std::int32_t margin[kLanes];   // 2E / (ab) of each row; -1 gives a row up
+  float per_unit;               // 1 / (ab); 0 if the tile cannot be used
+  std::int32_t margin[kLanes];  // 2E / (ab) of each row; -1 gives a row up
 };
 
 // maxima[m] = the largest integers of row m, lane by lane, among the vectors of a panel.
@@ -185,8 +45,7 @@ template <class Integers>
 T2P_INLINE void coarse_maxima(const std::uint8_t* __restrict panel,
                               const float* __restrict half_norms,
                               const std::uint8_t* __restrict rows, std::int64_t stride,
-                              std::int64_t steps, float per_unit,
-                              I32 (&maxima)[kTileRows]) {
+                              std::int64_t steps, float per_unit, I32 (&maxima)[kTileRows]) {
   I32 sums[kTileRows][kCoarseVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kCoarseVectors; ++v) {
@@ -232,7 +91,7 @@ class CoarseSearch {
         x_(x),
         panels_(panels),
         d_(codebook.d),
-        stride_(coarse_stride(d_)),
+        stride_(coarse_stride(coarse.format, d_)),
         rows_(scratch),
         staged_(reinterpret_cast<float*>(scratch + kCoarseBlockRows * stride_)),
         radius_(norm_bound(2 * coarse.largest_half_norm, d_)),
@@ -316,8 +175,8 @@ class CoarseSearch {
     error = multiply_add(norm, broadcast(2.01f * code_rounding_ + float_error_.slope), error);
     error = add(error, broadcast(float_error_.slope * radius_ + float_error_.tiny));
     const float half_norm = coarse_.largest_half_norm * tile.per_unit;
-    const F32 margin = multiply_add(error, broadcast(1.01f * tile.per_unit),
-                                    broadcast(half_norm * 0x1p-20f + 4));
+    const F32 margin =
+        multiply_add(error, broadcast(1.01f * tile.per_unit), broadcast(half_norm * 0x1p-20f + 4));
     store(tile.margin, select(less(margin, broadcast(usable ? kLargestMargin : 0.0f)),
                               to_i32(margin), broadcast(std::int32_t{-1})));
   }
@@ -339,8 +198,8 @@ class CoarseSearch {
         for (int q = 0; q < size; ++q) {
           I32 largest[kTileRows];
           coarse_maxima<Integers>(coarse_.panels + (p + q) * panel_bytes,
-                        coarse_.half_norms + (p + q) * kCoarseCodes, rows, stride_, steps,
-                        tiles_[i].per_unit, largest);
+                                  coarse_.half_norms + (p + q) * kCoarseCodes, rows, stride_, steps,
+                                  tiles_[i].per_unit, largest);
 #pragma GCC unroll 8
           for (int m = 0; m < kTileRows; ++m) store(maxima[m][q], largest[m]);
         }
@@ -453,14 +312,16 @@ class CoarseSearch {
 };
 
 std::int64_t coarse_scratch_size(std::int64_t d) {
-  return kCoarseBlockRows * (coarse_stride(d) + d * std::int64_t{sizeof(float)}) + 64;
+  const std::int64_t stride =
+      coarse_stride(d > kMaxWordChannels ? Format::kBytes : Format::kWords, d);
+  return kCoarseBlockRows * (stride + d * std::int64_t{sizeof(float)});
 }
 
 void coarse_block(const Codebook& codebook, const CoarseCodebook& coarse,
                   const Rows<const float>& x, std::int64_t first, std::int64_t count,
                   PanelRange panels, std::uint8_t* scratch, double* distance,
                   std::int64_t* indices) {
-  if (codebook.d <= kMaxWordChannels) {
+  if (coarse.format == Format::kWords) {
     CoarseSearch<Words>(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);
   } else {
     CoarseSearch<Bytes>(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);

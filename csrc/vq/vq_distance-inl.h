@@ -25,10 +25,11 @@ struct Nearest {
   }
 };
 
-// Offers kCodes codes by their numbers; those past the last code stand for it, which changes nothing.
+// Offers code[count], count <= kCodes; all kCodes are read. Numbers past the last code stand for
+// it, which changes nothing.
 template <int kCodes>
 T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const std::int32_t* code,
-                            Nearest& nearest) {
+                            int count, Nearest& nearest) {
   constexpr int kStep = kLanes / 2;
   const std::int64_t d = codebook.d, last = codebook.k - 1;
   const float* codes[kCodes];
@@ -58,7 +59,8 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
 #pragma GCC unroll 8
   for (int v = kCodes; v < kStep; ++v) sums[v] = sums[v - kCodes];
   // The distance of a code that is not finite, a NaN, becomes infinite.
-  const F64 distance = min(reduce_add_each(sums), broadcast(double{__builtin_inff()}));
+  const F64 infinity = broadcast(double{__builtin_inff()});
+  const F64 distance = keep_first(min(reduce_add_each(sums), infinity), count, infinity);
   const double least = reduce_min(distance);
   auto equal = bits_where_equal(distance, broadcast(least));
   for (; equal; equal &= equal - 1) {  // hardly ever of two codes
@@ -66,14 +68,17 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
   }
 }
 
-// Offers code[count]; the list has room for a few more, which are overwritten.
+// Offers code[count]; the list has room for kLanes more, which are overwritten.
 T2P_INLINE void offer_codes(const Codebook& codebook, const float* row, std::int32_t* code,
                             std::int64_t count, Nearest& nearest) {
   constexpr int kBatch = kLanes / 2, kHalf = kBatch == 8 ? 4 : kBatch;
   for (int i = 0; i < kBatch; ++i) code[count + i] = code[count - 1];
-  if (count <= kHalf) return offer_batch<kHalf>(codebook, row, code, nearest);
+  if (count <= kHalf) {
+    return offer_batch<kHalf>(codebook, row, code, static_cast<int>(count), nearest);
+  }
   for (std::int64_t i = 0; i < count; i += kBatch) {
-    offer_batch<kBatch>(codebook, row, code + i, nearest);
+    offer_batch<kBatch>(codebook, row, code + i, static_cast<int>(smaller(kBatch, count - i)),
+                        nearest);
   }
 }
 

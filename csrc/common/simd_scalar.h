@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of simd.h for any processor. Included by simd.h, which says what everything
+// means.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace t2p::simd::T2P_ISA_NAMESPACE {
+
+constexpr int kLanes = 4;
+constexpr bool kFusedMultiplyAdd = false;
+
+struct F32 {
+  typedef float type __attribute__((vector_size(16)));
+  type v;
+};
+struct I32 {
+  typedef std::int32_t type __attribute__((vector_size(16)));
+  type v;
+};
+struct F64 {
+  typedef double type __attribute__((vector_size(16)));
+  type v;
+};
+struct M32 {
+  I32::type v;
+};
+
+T2P_INLINE F32 load(const float* p) {
+  F32 a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
+}
+T2P_INLINE I32 load(const std::int32_t* p) {
+  I32 a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
+}
+T2P_INLINE F32 load_first(const float* p, int count) {
+  F32 a{};
+  for (int i = 0; i < count; ++i) a.v[i] = p[i];
+  return a;
+}
+T2P_INLINE F64 load_f64(const float* p) { return {F64::type{p[0], p[1]}}; }
+T2P_INLINE F64 load_f64_first(const float* p, int count) {
+  return {F64::type{count > 0 ? p[0] : 0.0, count > 1 ? p[1] : 0.0}};
+}
+T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+T2P_INLINE F32 broadcast(float a) { return {F32::type{a, a, a, a}}; }
+T2P_INLINE I32 broadcast(std::int32_t a) { return {I32::type{a, a, a, a}}; }
+T2P_INLINE F64 broadcast(double a) { return {F64::type{a, a}}; }
+
+T2P_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
+T2P_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+T2P_INLINE F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
+T2P_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+T2P_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
+T2P_INLINE F64 add(F64 a, F64 b) { return {a.v + b.v}; }
+T2P_INLINE F64 sub(F64 a, F64 b) { return {a.v - b.v}; }
+T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {a.v * b.v + c.v}; }
+
+T2P_INLINE M32 less(F32 a, F32 b) { return {a.v < b.v}; }
+T2P_INLINE M32 not_greater(F32 a, F32 b) { return {~(a.v > b.v)}; }
+T2P_INLINE I32 select(M32 m, I32 a, I32 b) { return {m.v ? a.v : b.v}; }
+T2P_INLINE std::uint32_t bits(M32 m) {
+  return (m.v[0] & 1u) | (m.v[1] & 2u) | (m.v[2] & 4u) | (m.v[3] & 8u);
+}
+
+T2P_INLINE float reduce_min(F32 a) {
+  const float low = a.v[0] < a.v[1] ? a.v[0] : a.v[1];
+  const float high = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
+  return low < high ? low : high;
+}
+T2P_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+T2P_INLINE double reduce_add(F64 a) { return a.v[0] + a.v[1]; }
+
+T2P_INLINE F32 load_quads(const float* p, std::int64_t) { return load(p); }
+T2P_INLINE void transpose_quads(F32 (&a)[4]) {
+  const F32::type row[4] = {a[0].v, a[1].v, a[2].v, a[3].v};
+  for (int i = 0; i < 4; ++i) a[i].v = F32::type{row[0][i], row[1][i], row[2][i], row[3][i]};
+}
+
+T2P_INLINE I32 load_bytes(const std::uint8_t* p) {
+  I32 a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
+}
+T2P_INLINE I32 max(I32 a, I32 b) { return {a.v > b.v ? a.v : b.v}; }
+T2P_INLINE I32 min(I32 a, I32 b) { return {a.v < b.v ? a.v : b.v}; }
+T2P_INLINE M32 not_less(I32 a, I32 b) { return {a.v >= b.v}; }
+T2P_INLINE std::int32_t reduce_max(I32 a) {
+  const std::int32_t low = a.v[0] > a.v[1] ? a.v[0] : a.v[1];
+  const std::int32_t high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
+  return low > high ? low : high;
+}
+T2P_INLINE F32 magnitude(F32 a) { return {a.v < 0 ? -a.v : a.v}; }
+T2P_INLINE float reduce_max(F32 a) {
+  const float low = a.v[0] > a.v[1] ? a.v[0] : a.v[1];
+  const float high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
+  return low > high ? low : high;
+}
+T2P_INLINE I32 to_i32(F32 a) {
+  I32 b;
+  for (int i = 0; i < kLanes; ++i) {
+    // What the vector instructions give for NaN and for what does not fit.
+    const bool fits = a.v[i] >= -2147483648.0f && a.v[i] < 2147483648.0f;
+    b.v[i] = fits ? static_cast<std::int32_t>(__builtin_rintf(a.v[i])) : INT32_MIN;
+  }
+  return b;
+}
+T2P_INLINE F32 to_f32(I32 a) { return {__builtin_convertvector(a.v, F32::type)}; }
+T2P_INLINE I32 add(I32 a, I32 b) { return {a.v + b.v}; }
+T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
+  return {F64::type{a[0].v[0] + a[0].v[1], a[1].v[0] + a[1].v[1]}};
+}
+T2P_INLINE F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
+T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
+  for (int i = count; i < 2; ++i) a.v[i] = rest.v[i];
+  return a;
+}
+T2P_INLINE double reduce_min(F64 a) { return a.v[0] < a.v[1] ? a.v[0] : a.v[1]; }
+T2P_INLINE std::uint32_t bits_where_equal(F64 a, F64 b) {
+  return (a.v[0] == b.v[0] ? 1u : 0u) | (a.v[1] == b.v[1] ? 2u : 0u);
+}
+T2P_INLINE F32 square_root(F32 a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+T2P_INLINE I32 lane_numbers() { return {I32::type{0, 1, 2, 3}}; }
+T2P_INLINE int store_chosen(std::int32_t* p, M32 m, I32 a) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    if (m.v[i]) p[count++] = a.v[i];
+  }
+  return count;
+}
+T2P_INLINE void store_bytes(std::uint8_t* p, I32 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
+}
+T2P_INLINE void store_words(std::int16_t* p, I32 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int16_t>(a.v[i]);
+}
+T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
+  for (int i = 0; i < kLanes; ++i) {
+    sum.v[i] += static_cast<std::int16_t>(a.v[i]) * static_cast<std::int16_t>(b.v[i]) +
+                (a.v[i] >> 16) * (b.v[i] >> 16);
+  }
+  return sum;
+}
+constexpr int kLargestByte = 127;
+T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int shift = 0; shift < 32; shift += 8) {
+      sum.v[i] += static_cast<std::uint8_t>(a.v[i] >> shift) *
+                  static_cast<std::int8_t>(static_cast<std::uint8_t>(b.v[i] >> shift));
+    }
+  }
+  return sum;
+}
+
+}  // namespace t2p::simd::T2P_ISA_NAMESPACE
