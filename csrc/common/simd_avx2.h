@@ -129,6 +129,9 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[4]) {
                         _mm256_unpackhi_pd(pairs[0], pairs[1]))};
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
+T2P_INLINE F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
+T2P_INLINE F64 divide(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+T2P_INLINE F64 square_root(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
   const __m256i kept =
       _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));

@@ -110,6 +110,9 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
                         _mm512_unpackhi_pd(pairs[0], pairs[1]))};
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
+T2P_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+T2P_INLINE F64 divide(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+T2P_INLINE F64 square_root(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
   return {_mm512_mask_mov_pd(rest.v, static_cast<__mmask8>((1u << count) - 1), a.v)};
 }

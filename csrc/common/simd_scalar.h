@@ -119,6 +119,11 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
   return {F64::type{a[0].v[0] + a[0].v[1], a[1].v[0] + a[1].v[1]}};
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
+T2P_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
+T2P_INLINE F64 divide(F64 a, F64 b) { return {a.v / b.v}; }
+T2P_INLINE F64 square_root(F64 a) {
+  return {F64::type{__builtin_sqrt(a.v[0]), __builtin_sqrt(a.v[1])}};
+}
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
   for (int i = count; i < 2; ++i) a.v[i] = rest.v[i];
   return a;

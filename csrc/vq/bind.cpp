@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 
+#include <string_view>
+
 #include "bindings/tensor_view.h"
 #include "vq/vq.h"
 
@@ -43,9 +45,18 @@ T* array(const char* op, const char* name, const TensorView& tensor, std::int64_
   return tensor.data<T>();
 }
 
-void nearest(const TensorView& x, const TensorView& codebook, const TensorView& workspace,
-             const TensorView& indices, const TensorView& distance, int threads) {
+Metric metric_of(const char* op, std::string_view name) {
+  if (name == "l2") return Metric::kL2;
+  if (name == "dot") return Metric::kDot;
+  T2P_CHECK(name == "cosine", op, ": metric is '", name, "', expected 'l2', 'dot' or 'cosine'");
+  return Metric::kCosine;
+}
+
+void nearest(const TensorView& x, const TensorView& codebook, std::string_view metric_name,
+             const TensorView& workspace, const TensorView& indices, const TensorView& distance,
+             int threads) {
   constexpr const char* kOp = "vq_nearest";
+  const Metric metric = metric_of(kOp, metric_name);
   const auto from = rows<const float>(kOp, "x", x);
   check_codebook(kOp, codebook, from.d);
   check_same_device(kOp, "codebook", codebook, "x", x);
@@ -54,12 +65,14 @@ void nearest(const TensorView& x, const TensorView& codebook, const TensorView& 
   auto* index = array<std::int64_t>(kOp, "indices", indices, n);
   auto* to = array<float>(kOp, "distance", distance, n);
   if (x.on_cuda()) {
+    T2P_CHECK(metric == Metric::kL2, kOp, ": metric is '", metric_name,
+              "', on CUDA only 'l2' is there");
     auto* work = array<float>(kOp, "workspace", workspace, workspace_size(n, k, from.d));
     nearest_cuda(from, codes, k, x.device().id, current_stream(x), work, index, to);
     return;
   }
   py::gil_scoped_release nogil;
-  nearest_cpu(from, codes, k, threads, index, to);
+  nearest_cpu(from, codes, k, metric, threads, index, to);
 }
 
 void lookup(const TensorView& indices, const TensorView& codebook, const TensorView& out,
@@ -121,8 +134,8 @@ void total(const TensorView& distance, double scale, const TensorView& total) {
 
 void bind(py::module_& m) {
   m.def("vq_workspace_size", &workspace_size, py::arg("n"), py::arg("k"), py::arg("d"));
-  m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("workspace"),
-        py::arg("indices"), py::arg("distance"), py::arg("threads"));
+  m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("metric"),
+        py::arg("workspace"), py::arg("indices"), py::arg("distance"), py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),
         py::arg("threads"));
   m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("counts"),

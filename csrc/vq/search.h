@@ -18,12 +18,19 @@ constexpr std::int64_t kUndecided = -1;
 
 // A codebook prepared for the search. A panel is `panel_codes` codes, centred and transposed. With
 // no panels given, search_block packs each as it comes to it: right for a single block of rows.
+//
+// Rows and codes are scored by |c|^2/2 - x.c, which orders codes as |x - c|^2 does, or without the
+// norms by -x.c. Subtracting a vector from all codes changes neither order, if for the former it is
+// subtracted from the rows as well.
 struct Codebook {
-  const float* codes;   // [k, d]
-  const float* center;  // [d], about the mean of the codes
+  Metric metric;
+  const float* codes;       // [k, d], as they came
+  const float* scored;      // [k, d], the same or, for kCosine, of length 1
+  const float* center;      // [d], about the mean of `scored`
+  const float* row_center;  // [d], `center` for kL2, else 0
   std::int64_t k, d;
   const float* panels = nullptr;      // [ceil(k / panel_codes), d, panel_codes]
-  const float* half_norms = nullptr;  // [ceil(k / panel_codes), panel_codes], |c - center|^2 / 2
+  const float* half_norms = nullptr;  // [ceil(k / panel_codes), panel_codes], or 0
   float largest_half_norm = 0;
 };
 
@@ -55,8 +62,9 @@ struct SearchKernels {
   // Floats of scratch memory that search_block wants.
   std::int64_t (*scratch_size)(std::int64_t d);
 
-  // Packs codes[count, d] into one panel; returns the largest of the half norms.
-  float (*pack_panel)(const float* codes, std::int64_t count, std::int64_t d, const float* center,
+  // Packs `count` codes from number `first` on into one panel; returns the largest |c - center|^2
+  // / 2.
+  float (*pack_panel)(const Codebook& codebook, std::int64_t first, std::int64_t count,
                       float* panel,        // [d, panel_codes]
                       float* half_norms);  // [panel_codes]
 
@@ -74,16 +82,16 @@ struct SearchKernels {
 
   std::int64_t (*coarse_panel_bytes)(Format format, std::int64_t d);
 
-  // The largest |c - center| of any channel of codes[count, d]; NaNs do not count.
-  float (*largest_magnitude)(const float* codes, std::int64_t count, std::int64_t d,
-                             const float* center);
+  // The largest |c - center| of any channel of `count` codes from number `first` on; NaNs do not
+  // count.
+  float (*largest_magnitude)(const Codebook& codebook, std::int64_t first, std::int64_t count);
 
   // The step between integers for values up to `magnitude`; 0 if the coarse stage cannot be used.
   float (*coarse_scale)(Format format, float magnitude, std::int64_t d);
 
-  // Packs codes[count, d] into one panel; raises the two maxima.
-  void (*pack_coarse)(Format format, const float* codes, std::int64_t count, std::int64_t d,
-                      const float* center, float scale,
+  // Packs `count` codes from number `first` on into one panel; raises the two maxima.
+  void (*pack_coarse)(Format format, const Codebook& codebook, std::int64_t first,
+                      std::int64_t count, float scale,
                       std::uint8_t* panel,       // [coarse_panel_bytes(format, d)]
                       float* half_norms,         // [coarse_codes]
                       float& largest_half_norm,  //

@@ -100,7 +100,8 @@ class BlockSearch {
       F32 squares = broadcast(0.f);
       for (std::int64_t t = 0; t < d_; t += kLanes) {
         const int left = static_cast<int>(smaller(kLanes, d_ - t));
-        const F32 value = sub(load_first(row + t, left), load_first(codebook_.center + t, left));
+        const F32 value =
+            sub(load_first(row + t, left), load_first(codebook_.row_center + t, left));
         squares = multiply_add(value, value, squares);
         store(centred + t, value);
       }
@@ -214,8 +215,7 @@ class BlockSearch {
     float* half_norms = codes + d_ * kPanelCodes;
     const std::int64_t code = p * kPanelCodes;
     const float largest =
-        pack_panel(codebook_.codes + code * d_, smaller(kPanelCodes, codebook_.k - code), d_,
-                   codebook_.center, codes, half_norms);
+        pack_panel(codebook_, code, smaller(kPanelCodes, codebook_.k - code), codes, half_norms);
     if (largest > largest_half_norm_) largest_half_norm_ = largest;
     return {codes, half_norms};
   }

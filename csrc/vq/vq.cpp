@@ -98,8 +98,7 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
   parallel_for(threads, tasks, [&](std::int64_t task) {
     const std::int64_t first = task * kPanelsPerTask,
                        end = std::min(first + kPanelsPerTask, panels);
-    magnitude[task] = kernels.largest_magnitude(codebook.codes + first * width * d,
-                                                codes_of(first, end), d, codebook.center);
+    magnitude[task] = kernels.largest_magnitude(codebook, first * width, codes_of(first, end));
   });
   const float scale = kernels.coarse_scale(
       format, *std::max_element(magnitude.data(), magnitude.data() + tasks), d);
@@ -116,9 +115,9 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
                        end = std::min(first + kPanelsPerTask, panels);
     half_norm[task] = rounding[task] = 0;
     for (std::int64_t p = first; p < end; ++p) {
-      kernels.pack_coarse(format, codebook.codes + p * width * d, codes_of(p, p + 1), d,
-                          codebook.center, scale, packed.data() + p * panel_bytes,
-                          half_norms.data() + p * width, half_norm[task], rounding[task]);
+      kernels.pack_coarse(format, codebook, p * width, codes_of(p, p + 1), scale,
+                          packed.data() + p * panel_bytes, half_norms.data() + p * width,
+                          half_norm[task], rounding[task]);
     }
   });
   const CoarseCodebook coarse{
@@ -164,9 +163,9 @@ void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<con
     parallel_for(threads, ceil_div(panels, kPanelsPerTask), [&](std::int64_t task) {
       const std::int64_t end = std::min((task + 1) * kPanelsPerTask, panels);
       for (std::int64_t p = task * kPanelsPerTask; p < end; ++p) {
-        largest[p] = kernels.pack_panel(
-            codebook.codes + p * width * d, std::min(width, k - p * width), d, codebook.center,
-            packed.data() + p * width * d, half_norms.data() + p * width);
+        largest[p] =
+            kernels.pack_panel(codebook, p * width, std::min(width, k - p * width),
+                               packed.data() + p * width * d, half_norms.data() + p * width);
       }
     });
     codebook.panels = packed.data();
@@ -184,15 +183,55 @@ void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<con
       distance, indices);
 }
 
+// The codes at length 1, in float64 and then rounded; a code of length 0 stays.
+Buffer<float> normalize(const float* codebook, std::int64_t k, std::int64_t d, int threads) {
+  Buffer<float> directions(k * d);
+  constexpr std::int64_t kCodes = 64;
+  parallel_for(threads, ceil_div(k, kCodes), [&](std::int64_t task) {
+    for (std::int64_t j = task * kCodes, end = std::min(j + kCodes, k); j < end; ++j) {
+      double squares = 0;
+      for (std::int64_t t = 0; t < d; ++t) {
+        squares += double{codebook[j * d + t]} * codebook[j * d + t];
+      }
+      const double norm = squares > 0 ? std::sqrt(squares) : 1;
+      for (std::int64_t t = 0; t < d; ++t) {
+        directions[j * d + t] = static_cast<float>(codebook[j * d + t] / norm);
+      }
+    }
+  });
+  return directions;
+}
+
+// The distance of row r from what the search compared.
+float finish(Metric metric, const Rows<const float>& x, std::int64_t r, double compared) {
+  if (metric != Metric::kCosine) return static_cast<float>(compared);
+  const float* row = x.row(r);
+  double squares = 0;
+  for (std::int64_t t = 0; t < x.d; ++t) {
+    squares += double{row[t * x.channel_stride]} * row[t * x.channel_stride];
+  }
+  return static_cast<float>(1 + (squares > 0 ? compared / std::sqrt(squares) : compared));
+}
+
 }  // namespace
 
-void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, int threads,
-                 std::int64_t* indices, float* distance) {
+void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, Metric metric,
+                 int threads, std::int64_t* indices, float* distance) {
   const std::int64_t n = x.count(), d = x.d;
   if (n == 0) return;
   const SearchKernels& kernels = T2P_DISPATCH(kSearch);
-  const Buffer<float> center = center_of(codebook, k, d);
-  const Codebook prepared{.codes = codebook, .center = center.data(), .k = k, .d = d};
+  Buffer<float> directions;
+  if (metric == Metric::kCosine) directions = normalize(codebook, k, d, threads);
+  const float* scored = metric == Metric::kCosine ? directions.data() : codebook;
+  const Buffer<float> center = center_of(scored, k, d), origin(d);
+  std::fill_n(origin.data(), d, 0.0f);
+  const Codebook prepared{.metric = metric,
+                          .codes = codebook,
+                          .scored = scored,
+                          .center = center.data(),
+                          .row_center = metric == Metric::kL2 ? center.data() : origin.data(),
+                          .k = k,
+                          .d = d};
   const Buffer<double> exact(n);
   const bool coarse = kernels.coarse_pays && n >= kLeastCoarseRows && k >= kLeastCoarseCodes;
   if (coarse) search_coarse(kernels, prepared, x, threads, exact.data(), indices);
@@ -202,7 +241,7 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   parallel_for(threads, coarse ? ceil_div(n, kRows) : 0, [&](std::int64_t task) {
     std::int64_t undecided = 0;
     for (std::int64_t r = task * kRows, end = std::min(r + kRows, n); r < end; ++r) {
-      distance[r] = static_cast<float>(exact[r]);
+      distance[r] = finish(metric, x, r, exact[r]);
       undecided += indices[r] == kUndecided;
     }
     count += undecided;
@@ -215,7 +254,7 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   }
   search_fine(kernels, prepared, x, rows.data(), count, threads, exact.data(), index.data());
   for (std::int64_t i = 0; i < count; ++i) {
-    distance[rows[i]] = static_cast<float>(exact[i]);
+    distance[rows[i]] = finish(metric, x, rows[i], exact[i]);
     indices[rows[i]] = std::isinf(exact[i]) ? 0 : index[i];
   }
 }

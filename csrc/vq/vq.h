@@ -22,13 +22,17 @@ struct Rows {
   }
 };
 
-// The nearest code by squared L2 distance. The index is that of the smallest distance in float64,
-// the lowest one on ties, and `distance` is that float64 distance rounded to float32. A row with a
-// NaN or an infinity gets index 0 and distance NaN. A code with one is never chosen unless there is
-// no other; then the index is 0 and the distance infinite.
+// What "near" means: |x - c|^2, -x.c, or 1 - x.c / (|x| |c|), where a vector of length 0 is at a
+// right angle to all others.
+enum class Metric { kL2, kDot, kCosine };
+
+// The nearest code. The index is that of the smallest distance in float64, the lowest one on ties,
+// and `distance` is that float64 distance rounded to float32. A row with a NaN or an infinity gets
+// index 0 and distance NaN. A code with one is never chosen unless there is no other; then the
+// index is 0 and the distance infinite. On CUDA the metric is kL2.
 void nearest_cpu(const Rows<const float>& x,
                  const float* codebook,  // [k, d]
-                 std::int64_t k, int threads,
+                 std::int64_t k, Metric metric, int threads,
                  std::int64_t* indices,  // [n]
                  float* distance);       // [n]
 

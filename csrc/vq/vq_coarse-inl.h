@@ -127,7 +127,7 @@ class CoarseSearch {
 
   T2P_INLINE F32 centred(const float* row, std::int64_t t) const {
     const int left = static_cast<int>(smaller(kLanes, d_ - t));
-    return sub(load_first(row + t, left), load_first(codebook_.center + t, left));
+    return sub(load_first(row + t, left), load_first(codebook_.row_center + t, left));
   }
 
   // Rounds the rows [i, i + count), with one step for all of them.

@@ -25,42 +25,68 @@ struct Nearest {
   }
 };
 
+// What a metric adds up, channel by channel, in float64.
+template <Metric kMetric>
+struct Sums {
+  F64 product, squares;
+
+  T2P_INLINE void start() { product = squares = broadcast(0.0); }
+  T2P_INLINE void add_channels(F64 x, F64 c) {
+    if constexpr (kMetric == Metric::kL2) {
+      const F64 difference = sub(x, c);
+      squares = multiply_add(difference, difference, squares);
+    } else {
+      product = multiply_add(x, c, product);
+      if constexpr (kMetric == Metric::kCosine) squares = multiply_add(c, c, squares);
+    }
+  }
+};
+
 // Offers code[count], count <= kCodes; all kCodes are read. Numbers past the last code stand for
-// it, which changes nothing.
-template <int kCodes>
+// it, which changes nothing. For kCosine the distances are -x.c / |c|.
+template <Metric kMetric, int kCodes>
 T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const std::int32_t* code,
                             int count, Nearest& nearest) {
   constexpr int kStep = kLanes / 2;
   const std::int64_t d = codebook.d, last = codebook.k - 1;
   const float* codes[kCodes];
-  F64 sums[kStep];
+  Sums<kMetric> sums[kCodes];
 #pragma GCC unroll 8
   for (int v = 0; v < kCodes; ++v) {
     codes[v] = codebook.codes + smaller(code[v], last) * d;
-    sums[v] = broadcast(0.0);
+    sums[v].start();
   }
   std::int64_t t = 0;
   for (; t + kStep <= d; t += kStep) {
     const F64 x = load_f64(row + t);
 #pragma GCC unroll 8
-    for (int v = 0; v < kCodes; ++v) {
-      const F64 difference = sub(x, load_f64(codes[v] + t));
-      sums[v] = multiply_add(difference, difference, sums[v]);
-    }
+    for (int v = 0; v < kCodes; ++v) sums[v].add_channels(x, load_f64(codes[v] + t));
   }
   if (const int left = static_cast<int>(d - t)) {
     const F64 x = load_f64_first(row + t, left);
 #pragma GCC unroll 8
-    for (int v = 0; v < kCodes; ++v) {
-      const F64 difference = sub(x, load_f64_first(codes[v] + t, left));
-      sums[v] = multiply_add(difference, difference, sums[v]);
+    for (int v = 0; v < kCodes; ++v) sums[v].add_channels(x, load_f64_first(codes[v] + t, left));
+  }
+  F64 squares[kStep], products[kStep];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStep; ++v) {
+    squares[v] = sums[v % kCodes].squares;
+    products[v] = sums[v % kCodes].product;
+  }
+  F64 distance;
+  if constexpr (kMetric == Metric::kL2) {
+    distance = reduce_add_each(squares);
+  } else {
+    distance = sub(broadcast(0.0), reduce_add_each(products));
+    if constexpr (kMetric == Metric::kCosine) {
+      // A code of length 0 has the product 0; the smallest number keeps the quotient 0.
+      const F64 norm = square_root(reduce_add_each(squares));
+      distance = divide(distance, max(norm, broadcast(1e-300)));
     }
   }
-#pragma GCC unroll 8
-  for (int v = kCodes; v < kStep; ++v) sums[v] = sums[v - kCodes];
   // The distance of a code that is not finite, a NaN, becomes infinite.
   const F64 infinity = broadcast(double{__builtin_inff()});
-  const F64 distance = keep_first(min(reduce_add_each(sums), infinity), count, infinity);
+  distance = keep_first(min(distance, infinity), count, infinity);
   const double least = reduce_min(distance);
   auto equal = bits_where_equal(distance, broadcast(least));
   for (; equal; equal &= equal - 1) {  // hardly ever of two codes
@@ -68,17 +94,29 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
   }
 }
 
-// Offers code[count]; the list has room for kLanes more, which are overwritten.
-T2P_INLINE void offer_codes(const Codebook& codebook, const float* row, std::int32_t* code,
-                            std::int64_t count, Nearest& nearest) {
+template <Metric kMetric>
+T2P_INLINE void offer_batches(const Codebook& codebook, const float* row, std::int32_t* code,
+                              std::int64_t count, Nearest& nearest) {
   constexpr int kBatch = kLanes / 2, kHalf = kBatch == 8 ? 4 : kBatch;
   for (int i = 0; i < kBatch; ++i) code[count + i] = code[count - 1];
   if (count <= kHalf) {
-    return offer_batch<kHalf>(codebook, row, code, static_cast<int>(count), nearest);
+    return offer_batch<kMetric, kHalf>(codebook, row, code, static_cast<int>(count), nearest);
   }
   for (std::int64_t i = 0; i < count; i += kBatch) {
-    offer_batch<kBatch>(codebook, row, code + i, static_cast<int>(smaller(kBatch, count - i)),
-                        nearest);
+    offer_batch<kMetric, kBatch>(codebook, row, code + i,
+                                 static_cast<int>(smaller(kBatch, count - i)), nearest);
+  }
+}
+
+// Offers code[count]; the list has room for kLanes more, which are overwritten.
+inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t* code,
+                        std::int64_t count, Nearest& nearest) {
+  if (codebook.metric == Metric::kL2) {
+    offer_batches<Metric::kL2>(codebook, row, code, count, nearest);
+  } else if (codebook.metric == Metric::kDot) {
+    offer_batches<Metric::kDot>(codebook, row, code, count, nearest);
+  } else {
+    offer_batches<Metric::kCosine>(codebook, row, code, count, nearest);
   }
 }
 

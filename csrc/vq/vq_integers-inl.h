@@ -58,8 +58,10 @@ std::int64_t coarse_panel_bytes(Format format, std::int64_t d) {
   return steps * kCoarseCodes * 4;
 }
 
-float largest_magnitude(const float* codes, std::int64_t count, std::int64_t d,
-                        const float* center) {
+float largest_magnitude(const Codebook& codebook, std::int64_t first, std::int64_t count) {
+  const std::int64_t d = codebook.d;
+  const float* codes = codebook.scored + first * d;
+  const float* center = codebook.center;
   F32 largest = broadcast(0.f);
   for (std::int64_t j = 0; j < count; ++j) {
     for (std::int64_t t = 0; t < d; t += kLanes) {
@@ -81,10 +83,12 @@ float coarse_scale(Format format, float magnitude, std::int64_t d) {
 }
 
 template <class Integers>
-T2P_INLINE void pack_integers(const float* codes, std::int64_t count, std::int64_t d,
-                              const float* center, float scale, std::uint8_t* panel,
-                              float* half_norms, float& largest_half_norm,
-                              float& largest_rounding) {
+T2P_INLINE void pack_integers(const Codebook& codebook, std::int64_t first, std::int64_t count,
+                              float scale, std::uint8_t* panel, float* half_norms,
+                              float& largest_half_norm, float& largest_rounding) {
+  const std::int64_t d = codebook.d;
+  const float* codes = codebook.scored + first * d;
+  const float* center = codebook.center;
   constexpr int kChannels = Integers::kChannels;
   const std::int64_t steps = coarse_steps<Integers>(d);
   const F32 step = broadcast(scale), per_step = broadcast(1 / scale);
@@ -134,6 +138,7 @@ T2P_INLINE void pack_integers(const float* codes, std::int64_t count, std::int64
       if (j + i < count && __builtin_isfinite(half)) {
         if (half > largest_half_norm) largest_half_norm = half;
         if (error > largest_rounding) largest_rounding = error;
+        if (codebook.metric != Metric::kL2) half_norms[j + i] = 0;
         continue;
       }
       // Padding, or a code with a NaN: converted to an integer it is the least of all.
@@ -145,11 +150,11 @@ T2P_INLINE void pack_integers(const float* codes, std::int64_t count, std::int64
   }
 }
 
-void pack_coarse(Format format, const float* codes, std::int64_t count, std::int64_t d,
-                 const float* center, float scale, std::uint8_t* panel, float* half_norms,
-                 float& largest_half_norm, float& largest_rounding) {
+void pack_coarse(Format format, const Codebook& codebook, std::int64_t first, std::int64_t count,
+                 float scale, std::uint8_t* panel, float* half_norms, float& largest_half_norm,
+                 float& largest_rounding) {
   const auto pack = format == Format::kWords ? pack_integers<Words> : pack_integers<Bytes>;
-  pack(codes, count, d, center, scale, panel, half_norms, largest_half_norm, largest_rounding);
+  pack(codebook, first, count, scale, panel, half_norms, largest_half_norm, largest_rounding);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/simd.h"
+#include "vq/search.h"
 #include "vq/vq_distance-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
@@ -80,9 +81,12 @@ T2P_INLINE void score_tile(const float* __restrict tile,  // [kTileRows, stride]
   }
 }
 
-// Packs codes[count, d], centred and transposed; returns the largest of the half norms.
-float pack_panel(const float* codes, std::int64_t count, std::int64_t d, const float* center,
-                 float* panel, float* half_norms) {
+// Packs codes, centred and transposed; returns the largest of the half norms.
+float pack_panel(const Codebook& codebook, std::int64_t first, std::int64_t count, float* panel,
+                 float* half_norms) {
+  const std::int64_t d = codebook.d;
+  const float* codes = codebook.scored + first * d;
+  const float* center = codebook.center;
   // Places past the last code are filled with it here, and made unreachable below.
   std::int64_t t = 0;
   for (; count == kPanelCodes && t + 4 <= d; t += 4) {
@@ -113,6 +117,7 @@ float pack_panel(const float* codes, std::int64_t count, std::int64_t d, const f
     const bool overflow = !__builtin_isfinite(half_norms[j]);
     if (j < count && !(overflow && !all_finite(codes + j * d, d))) {
       largest = overflow ? kInfinity : (half_norms[j] > largest ? half_norms[j] : largest);
+      if (codebook.metric != Metric::kL2) half_norms[j] = 0;
       continue;
     }
     // Padding, or a code with a NaN or an infinity: its score is infinite whatever the row.

@@ -10,6 +10,7 @@ def vq_workspace_size(n: int, k: int, d: int) -> int: ...
 def vq_nearest(
     x: Tensor,
     codebook: Tensor,
+    metric: str,
     workspace: Tensor,
     indices: Tensor,
     distance: Tensor,

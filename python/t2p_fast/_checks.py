@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "normalize_dim", "under_autocast"]
+__all__ = ["check_choice", "describe", "normalize_dim", "under_autocast"]
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -14,8 +14,17 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
         raise ValueError(f"{op}: {name}={value!r} is not supported; supported: {supported}")
 
 
+def describe(value: object) -> str:
+    """What a value is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.layout).removeprefix('torch.')} tensor"
+    return f"a {type(value).__name__}"
+
+
 def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:
     """`dim` counted from the front, for a tensor of `ndim` dimensions."""
+    if not isinstance(dim, int):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(dim)}")
     if not -ndim <= dim < ndim:
         raise ValueError(f"{op}: {name}={dim} is out of range for {ndim} dimensions")
     return dim % ndim
@@ -23,6 +32,7 @@ def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in float32 where autocast is on; unchanged where it is off."""
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    device = tensors[0].device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         return tuple(t.float() if t.is_floating_point() else t for t in tensors)
     return tensors

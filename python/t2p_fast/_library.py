@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from t2p_fast import _C
 
@@ -29,7 +30,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers one op as ``torch.ops.t2p_fast.<name>`` and returns its overload, ready to call.
+    """Registers one op as ``torch.ops.t2p_fast.<name>`` and returns a function that calls it.
 
     Args:
         schema: The op's signature in the language of torch schemas, without a namespace.
@@ -52,4 +53,20 @@ def define_op(
         )
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
-    return getattr(torch.ops.t2p_fast, name).default
+    op = getattr(torch.ops.t2p_fast, name).default
+
+    def call(*arguments: Any) -> Any:
+        # torch would drop the tangents without a word: a registered op has no formula for them.
+        if getattr(forward_ad, "_current_level", -1) >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation is not supported, use reverse mode"
+            )
+        return op(*arguments)
+
+    return call
+
+
+def _has_tangent(argument: object) -> bool:
+    if not isinstance(argument, torch.Tensor):
+        return False
+    return forward_ad.unpack_dual(argument).tangent is not None

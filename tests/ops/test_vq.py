@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2p_fast import reference
 from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize
+from t2p_fast.reference.vq import _distances as distances
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -20,6 +21,9 @@ CASES = [
     (1, 1, 1), (5, 3, 2), (63, 47, 17), (64, 48, 16), (65, 49, 15), (257, 1000, 8),
     (300, 100, 256), (7, 5000, 33), (1000, 64, 3), (9, 100, 1030), (3, 20, 4096),
 ]  # fmt: skip
+
+
+METRICS = ("l2", "dot", "cosine")
 
 
 def _case(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,6 +72,132 @@ def test_nearest_is_exact_everywhere(
     x, codebook = (x * scale + offset).to(device), (codebook * scale + offset).to(device)
     assume(n > 0)
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+# What the coarse stage has to get right: its bounds, its formats, many candidates and none.
+HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "rows of all sizes": lambda x, c: (x * 10 ** torch.linspace(-6, 6, len(x))[:, None], c),
+    "codes of all sizes": lambda x, c: (x, c * 10 ** torch.linspace(-6, 6, len(c))[:, None]),
+    "codes almost alike": lambda x, c: (x, c[:1] + 1e-5 * c),
+    "rows near codes": lambda x, c: (c[torch.arange(len(x)) % len(c)] + 1e-3 * x, c),
+    "rows that are codes": lambda x, c: (c[torch.arange(len(x)) % len(c)], c),
+    "one channel large": lambda x, c: (x.index_fill(1, torch.tensor(0), 1e5), c),
+    "an outlier": lambda x, c: (x, c.index_fill(0, torch.tensor(7), 1e9)),
+    "rows of zeros": lambda x, c: (x * 0, c),
+    "codes of zeros": lambda x, c: (x, c * 0),
+    "all alike": lambda x, c: (x * 0 + 1, c * 0 + 1),
+    "tiny": lambda x, c: (x * 1e-13, c * 1e-13),
+    "large": lambda x, c: (x * 1e12, c * 1e12),
+}
+
+
+@pytest.mark.parametrize("hard", HARD)
+@pytest.mark.parametrize(("n", "k", "d"), [(130, 3000, 5), (130, 1500, 17), (130, 500, 100)])
+def test_nearest_is_exact_on_hard_data(
+    hard: str, n: int, k: int, d: int, device: torch.device
+) -> None:
+    x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
+def test_metrics(metric: str, n: int, k: int, d: int) -> None:
+    x, codebook = _case(n, k, d)
+    x[0], codebook[-1] = 0, 0  # at a right angle to all, by definition
+    indices, distance = vq_nearest(x, codebook, metric=metric, return_distance=True)
+    x64, codes64 = x.double(), codebook.double()
+    _, best = reference.vq_nearest(x64, codes64, metric=metric, return_distance=True)
+    chosen = torch.stack(
+        [distances(row, codes64[i][None], metric)[0] for row, i in zip(x64, indices)]  # noqa: B905
+    )
+    scale = 1 if metric == "cosine" else (x64.norm(dim=1) * codes64.norm(dim=1).max()) + 1
+    assert ((chosen - best).abs() <= d * 2.0**-50 * scale).all()
+    assert ((distance.double() - best).abs() <= 2.0**-23 * best.abs() + d * 2.0**-50 * scale).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metric_gradients(metric: str, device: torch.device) -> None:
+    if device.type == "cuda" and metric != "l2":
+        pytest.skip("CPU only")
+    x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
+    weight = torch.linspace(-1, 1, 50, device=device)
+    distance = vq_nearest(x, codebook, metric=metric, return_distance=True)[1]
+    (distance * weight).sum().backward()
+    x64, codes64 = (t.detach().double().requires_grad_() for t in (x, codebook))
+    truth = reference.vq_nearest(x64, codes64, metric=metric, return_distance=True)[1]
+    (truth * weight).sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(codebook.grad.double(), codes64.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs(dtype: torch.dtype, device: torch.device) -> None:
+    """Inputs of low precision mean the numbers that they hold; nothing else is rounded."""
+    x, codebook = (t.to(device).to(dtype) for t in _case(300, 100, 24))
+    _assert_nearest(x.float(), codebook.float(), *vq_nearest(x, codebook, return_distance=True))
+    for codes in (codebook, codebook.float()):
+        a, c = x.clone().requires_grad_(), codes.clone().requires_grad_()
+        quantized, indices, loss = vq_quantize(a, c, beta=0.5)
+        assert (quantized.dtype, loss.dtype) == (dtype, torch.float32)
+        assert torch.equal(quantized, codes[indices].to(dtype))
+        loss.backward()
+        a64, c64 = x.double().requires_grad_(), codes.double().requires_grad_()
+        truth = reference.vq_quantize(a64, c64, beta=0.5)[2]
+        truth.backward()
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(a.grad.double(), a64.grad, rtol=unit, atol=1e-6)
+        torch.testing.assert_close(c.grad.double(), c64.grad, rtol=unit, atol=1e-6)
+        assert (a.grad.dtype, c.grad.dtype) == (dtype, codes.dtype)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_groups(channel_dim: int, device: torch.device) -> None:
+    """A grouped codebook quantises every group of channels by itself."""
+    torch.manual_seed(0)
+    shape = (3, 12, 5, 4) if channel_dim == 1 else (40, 12)
+    x, codebook = torch.randn(shape, device=device), torch.randn(3, 20, 4, device=device)
+    indices, distance = vq_nearest(x, codebook, channel_dim=channel_dim, return_distance=True)
+    assert (
+        indices.shape
+        == distance.shape
+        == x.movedim(channel_dim, 0)[:3].movedim(0, channel_dim).shape
+    )
+    for g, part in enumerate(x.chunk(3, channel_dim)):
+        assert torch.equal(
+            indices.select(channel_dim, g), vq_nearest(part, codebook[g], channel_dim=channel_dim)
+        )
+    results = {}
+    for name, op, dtype in (("ours", vq_quantize, torch.float32),
+                            ("truth", _reference_groups, torch.float64)):  # fmt: skip
+        a, c = (t.to(dtype, copy=True).requires_grad_() for t in (x, codebook))
+        quantized, found, loss, counts, sums = op(
+            a, c, channel_dim=channel_dim, return_statistics=True
+        )
+        (quantized.sin().sum() + loss).backward()
+        results[name] = [quantized, found, loss, counts, sums, a.grad, c.grad]
+    for ours, truth in zip(results["ours"], results["truth"], strict=True):
+        torch.testing.assert_close(ours, truth.to(ours.dtype), rtol=1e-5, atol=1e-6)
+    codes = vq_lookup(indices, codebook, channel_dim=channel_dim)
+    assert torch.equal(codes, results["ours"][0].detach())
+    assert torch.equal(codes, reference.vq_lookup(indices, codebook, channel_dim=channel_dim))
+
+
+def _reference_groups(
+    x: Tensor, codebook: Tensor, *, channel_dim: int, return_statistics: bool
+) -> tuple[Tensor, ...]:
+    parts = [
+        reference.vq_quantize(
+            part, codes, channel_dim=channel_dim, return_statistics=return_statistics
+        )
+        for part, codes in zip(x.chunk(len(codebook), channel_dim), codebook, strict=True)
+    ]
+    quantized, indices, loss, counts, sums = zip(*parts, strict=True)
+    return (
+        torch.cat(quantized, channel_dim), torch.stack(indices, channel_dim),
+        torch.stack(loss).mean(), torch.stack(counts), torch.stack(sums),
+    )  # fmt: skip
 
 
 def test_nearest_far_from_the_origin(device: torch.device) -> None:
@@ -239,11 +369,16 @@ def test_opcheck(device: torch.device) -> None:
     x = torch.randn(2, 6, 5, 3, device=device, requires_grad=True)
     codebook = torch.randn(20, 6, device=device, requires_grad=True)
     indices = torch.randint(0, 20, (2, 5, 3), device=device)
-    torch.library.opcheck(ops.vq_nearest.default, (x, codebook, 1))
+    for metric in METRICS if device.type == "cpu" else ("l2",):
+        torch.library.opcheck(ops.vq_nearest.default, (x, codebook, metric, 1))
+    half = x.detach().bfloat16().requires_grad_()
+    torch.library.opcheck(ops.vq_nearest.default, (half, codebook, "l2", 1))
+    torch.library.opcheck(ops.vq_quantize.default, (half, codebook, 0.2, 1.0, "l2", 1, True))
     torch.library.opcheck(ops.vq_lookup.default, (indices, codebook, 1))
     torch.library.opcheck(ops.vq_accumulate.default, (x.detach(), indices, 20, 1))
     for statistics in (False, True):
-        torch.library.opcheck(ops.vq_quantize.default, (x, codebook, 0.25, 1.0, 1, statistics))
+        arguments = (x, codebook, 0.25, 1.0, "l2", 1, statistics)
+        torch.library.opcheck(ops.vq_quantize.default, arguments)
 
 
 def test_compile(device: torch.device) -> None:
@@ -281,24 +416,63 @@ def test_vmap(device: torch.device) -> None:
 
 def test_errors(device: torch.device) -> None:
     x, codebook = torch.randn(4, 3, device=device), torch.randn(5, 3, device=device)
-    with pytest.raises(ValueError, match=r"vq_nearest: metric='dot' is not supported.*'l2'"):
-        vq_nearest(x, codebook, metric="dot")
+    with pytest.raises(ValueError, match=r"vq_nearest: metric='l1' is not supported.*'l2'"):
+        vq_nearest(x, codebook, metric="l1")
     with pytest.raises(ValueError, match=r"x has 3 channels but codebook is \[5, 2\]"):
         vq_nearest(x, codebook[:, :2])
     with pytest.raises(ValueError, match="it has no codes"):
         vq_nearest(x, codebook[:0])
-    with pytest.raises(ValueError, match=r"codebook must be \[k, d\], got \[1, 5, 3\]"):
-        vq_nearest(x, codebook[None])
+    with pytest.raises(ValueError, match=r"codebook must be \[k, d\], got \[1, 1, 5, 3\]"):
+        vq_nearest(x, codebook[None, None])
+    with pytest.raises(ValueError, match=r"x has 3 channels, but the codebook .* is for 6"):
+        vq_nearest(x, torch.stack([codebook, codebook]))
+    with pytest.raises(ValueError, match=r"indices are \[4, 3\], but the codebook .* wants 2"):
+        vq_lookup(torch.zeros(4, 3, dtype=torch.int64, device=device), codebook.expand(2, 5, 3))
     with pytest.raises(ValueError, match=r"x must be \[n, d\] or have more dimensions, got \[3\]"):
         vq_quantize(x[0], codebook)
     with pytest.raises(ValueError, match="channel_dim=2 is out of range for 2 dimensions"):
         vq_nearest(x, codebook, channel_dim=2)
-    with pytest.raises(TypeError, match="x must be float32, got bfloat16"):
-        vq_nearest(x.bfloat16(), codebook)
-    with pytest.raises(TypeError, match="codebook must be float32, got float64"):
+    with pytest.raises(TypeError, match="x must be float32, bfloat16, float16, got int64"):
+        vq_nearest(x.long(), codebook)
+    with pytest.raises(TypeError, match=r"codebook must be float32, .*, got float64"):
         vq_nearest(x, codebook.double())
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a list"):
+        vq_nearest(x.tolist(), codebook)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="codebook must be a dense tensor, got a sparse_coo tensor"):
+        vq_nearest(x, codebook.to_sparse())
+    with pytest.raises(TypeError, match="channel_dim must be an int, got a float"):
+        vq_nearest(x, codebook, channel_dim=1.0)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="indices must be int64, got int32"):
         vq_lookup(torch.zeros(3, dtype=torch.int32, device=device), codebook)
+
+
+@pytest.mark.parametrize("op", [vq_nearest, vq_quantize])
+def test_tensors_on_two_devices_are_refused(op: Callable[..., object]) -> None:
+    x, codebook = _case(10, 5, 4)
+    with pytest.raises(ValueError, match="codebook is on meta but x is on cpu"):
+        op(x, codebook.to("meta"))
+    with pytest.raises(ValueError, match="codebook is on cpu but x is on meta"):
+        op(x.to("meta"), codebook)
+    with pytest.raises(ValueError, match="codebook is on cpu but indices is on meta"):
+        vq_lookup(torch.zeros(3, dtype=torch.int64, device="meta"), codebook)
+
+
+def test_shapes_without_data() -> None:
+    x, codebook = torch.empty(2, 6, 5, 3, device="meta"), torch.empty(9, 6, device="meta")
+    quantized, indices, loss = vq_quantize(x, codebook, channel_dim=1)
+    assert (quantized.shape, indices.shape, loss.shape) == (x.shape, (2, 5, 3), ())
+    assert vq_lookup(indices, codebook, channel_dim=1).shape == x.shape
+
+
+def test_forward_mode_is_refused() -> None:
+    x, codebook = _case(10, 5, 4)
+    for function in (
+        lambda c: vq_lookup(torch.tensor([1]), c),
+        lambda c: vq_quantize(x, c)[2],
+        lambda c: vq_nearest(x, c, return_distance=True)[1],
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            torch.func.jvp(function, (codebook,), (codebook,))
 
 
 @pytest.mark.parametrize("index", [-1, 5])

@@ -70,7 +70,8 @@ void pool_survives_fork() {
 }
 
 // `image` lays the rows out as [2, d, n / 2], else as [n, d, 1].
-void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale) {
+void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
+        t2p::vq::Metric metric = t2p::vq::Metric::kL2) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0, scale);
   std::vector<float> x(n * d), codebook(k * d), quantized(n * d), distance(n), first(n);
@@ -86,7 +87,8 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale)
   };
   for (int threads : {1, 2, 5}) {
     const auto from = rows(static_cast<const float*>(x.data()));
-    t2p::vq::nearest_cpu(from, codebook.data(), k, threads, indices.data(), distance.data());
+    t2p::vq::nearest_cpu(from, codebook.data(), k, metric, threads, indices.data(),
+                         distance.data());
     t2p::vq::lookup_cpu(indices.data(), codebook.data(), k, threads, rows(quantized.data()));
     t2p::vq::accumulate_cpu(from, indices.data(), k, threads, counts.data(), sums.data());
     if (threads == 1) first = distance;
@@ -108,6 +110,8 @@ int main() {
       vq(700, 200, 8, image, scale);
       vq(300, 101, 70, image, scale);
       vq(6, 30, 1030, image, scale);
+      vq(300, 2000, 9, image, scale, t2p::vq::Metric::kCosine);
+      vq(300, 2000, 33, image, scale, t2p::vq::Metric::kDot);
     }
   }
   std::printf("ok on %s\n", t2p::isa_name(t2p::chosen_isa()));

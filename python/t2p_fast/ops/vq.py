@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vector quantisation: nearest code, lookup, the quantiser of a VQ-VAE, and k-means.
 
-Sizes: `n` rows, `k` codes, `d` channels. `x` has its channels in dimension `channel_dim`; every
-other position is a row. Inside, tensors are viewed as `[outer, d, inner]`, which costs no copy for
-`[n, d]`, `[b, n, d]` and images `[b, d, h, w]`.
+Sizes: `n` rows, `k` codes, `d` channels, `g` groups. `x` has its channels in dimension
+`channel_dim`; every other position is a row. Inside, tensors are viewed as `[outer, d, inner]`,
+which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`, and kernels see float32.
 """
 
 import math
@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, normalize_dim, under_autocast
+from t2p_fast._checks import check_choice, describe, normalize_dim, under_autocast
 from t2p_fast._library import _C, define_op
 
 __all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize"]
 
-_METRICS = ("l2",)
+_METRICS = ("l2", "dot", "cosine")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _as_rows(x: Tensor, channel_dim: int) -> Tensor:
@@ -36,43 +37,70 @@ def _without_channels(x: Tensor, channel_dim: int) -> list[int]:
     return [*x.shape[:channel_dim], *x.shape[channel_dim + 1 :]]
 
 
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    """All on one device, and those of floating point of a supported dtype."""
+    (first, reference), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {first} is on {reference.device}"
+            )
+        expected = (torch.int64,) if name == "indices" else _DTYPES
+        if tensor.dtype not in expected:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)
+            came = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: {name} must be {wanted}, got {came}")
+
+
 # The kernels, for CPU and CUDA tensors, each beside its fake --------------------------------------
 
 
-def _nearest(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    distance, indices = _nearest_fake(x, codebook, channel_dim)
-    (k, d), codes = codebook.shape, codebook.contiguous()
+def _nearest(x: Tensor, codebook: Tensor, metric: str, channel_dim: int) -> tuple[Tensor, Tensor]:
+    distance, indices = _nearest_fake(x, codebook, metric, channel_dim)
+    (k, d), codes = codebook.shape, codebook.float().contiguous()
     size = _C.vq_workspace_size(indices.numel(), k, d) if x.is_cuda else 0
-    workspace = x.new_empty(size)
-    rows, threads = _as_rows(x, channel_dim), torch.get_num_threads()
-    _C.vq_nearest(rows, codes, workspace, indices, distance, threads)
+    workspace = distance.new_empty(size)
+    rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
+    _C.vq_nearest(rows, codes, metric, workspace, indices, distance, threads)
     return distance, indices
 
 
-def _nearest_fake(x: Tensor, codebook: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+def _nearest_fake(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,  # noqa: ARG001
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
     if codebook.ndim != 2:
         raise ValueError(f"vq_nearest: codebook must be [k, d], got {list(codebook.shape)}")
+    _check_tensors("vq_nearest", x=x, codebook=codebook)
     shape = _without_channels(x, channel_dim)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
 def _lookup(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
-    out = _lookup_fake(indices, codebook, channel_dim)
+    return _lookup_float(indices, codebook, channel_dim).to(codebook.dtype)
+
+
+def _lookup_float(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
+    codes = codebook.float().contiguous()
+    out = _lookup_fake(indices, codes, channel_dim)
     rows, threads = _as_rows(out, channel_dim), torch.get_num_threads()
-    _C.vq_lookup(indices.contiguous(), codebook.contiguous(), rows, threads)
+    _C.vq_lookup(indices.contiguous(), codes, rows, threads)
     return out
 
 
 def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
     if codebook.ndim != 2:
         raise ValueError(f"vq_lookup: codebook must be [k, d], got {list(codebook.shape)}")
+    _check_tensors("vq_lookup", indices=indices, codebook=codebook)
     shape = indices.shape
     return codebook.new_empty([*shape[:channel_dim], codebook.shape[1], *shape[channel_dim:]])
 
 
 def _accumulate(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    rows, threads = _as_rows(x, channel_dim), torch.get_num_threads()
+    rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
     _C.vq_accumulate(rows, indices.contiguous(), counts, sums, threads)
     return counts, sums
 
@@ -81,17 +109,14 @@ def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tu
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
     ordered, order = indices.flatten().sort(stable=True)
     begin = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device))
-    _C.vq_accumulate_sorted(_as_rows(x, channel_dim), order, begin, counts, sums)
+    _C.vq_accumulate_sorted(_as_rows(x.float(), channel_dim), order, begin, counts, sums)
     return counts, sums
 
 
-def _accumulate_fake(
-    x: Tensor,
-    indices: Tensor,  # noqa: ARG001
-    k: int,
-    channel_dim: int,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty([k]), x.new_empty([k, x.shape[channel_dim]])
+def _accumulate_fake(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
+    _check_tensors("vq_accumulate", x=x, indices=indices)
+    counts = x.new_empty([k], dtype=torch.float32)
+    return counts, counts.new_empty([k, x.shape[channel_dim]])
 
 
 def _quantize(
@@ -99,18 +124,28 @@ def _quantize(
     codebook: Tensor,
     beta: float,
     codebook_weight: float,
+    metric: str,
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    distance, indices = _nearest(x, codebook, channel_dim)
-    quantized, loss = _empty_like_rows(x, channel_dim), x.new_empty([])
-    rows, threads = _as_rows(quantized, channel_dim), torch.get_num_threads()
-    _C.vq_lookup(indices, codebook.contiguous(), rows, threads)
-    _C.vq_total(distance, (beta + codebook_weight) / max(x.numel(), 1), loss)
+    rows = x.float()
+    distance, indices = _nearest(rows, codebook, metric, channel_dim)
+    quantized, loss = _empty_like_rows(rows, channel_dim), distance.new_empty([])
+    _C.vq_lookup(
+        indices,
+        codebook.float().contiguous(),
+        _as_rows(quantized, channel_dim),
+        torch.get_num_threads(),
+    )
+    if metric != "l2":
+        distance = (rows - quantized).square().sum(channel_dim)
+    _C.vq_total(distance.contiguous(), (beta + codebook_weight) / max(x.numel(), 1), loss)
+    quantized = quantized.to(x.dtype)
     if not statistics:
-        return quantized, indices, loss, x.new_empty([0]), x.new_empty([0, codebook.shape[1]])
+        empty = distance.new_empty([0])
+        return quantized, indices, loss, empty, empty.new_empty([0, codebook.shape[1]])
     accumulate = _accumulate_cuda if x.is_cuda else _accumulate
-    counts, sums = accumulate(x, indices, codebook.shape[0], channel_dim)
+    counts, sums = accumulate(rows, indices, codebook.shape[0], channel_dim)
     return quantized, indices, loss, counts, sums
 
 
@@ -119,48 +154,62 @@ def _quantize_fake(
     codebook: Tensor,
     beta: float,  # noqa: ARG001
     codebook_weight: float,  # noqa: ARG001
+    metric: str,
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, indices = _nearest_fake(x, codebook, channel_dim)
+    distance, indices = _nearest_fake(x, codebook, metric, channel_dim)
     k, d = codebook.shape
-    counts, sums = x.new_empty([k if statistics else 0]), x.new_empty([k if statistics else 0, d])
-    return _empty_like_rows(x, channel_dim), indices, x.new_empty([]), counts, sums
+    counts = distance.new_empty([k if statistics else 0])
+    sums = distance.new_empty([k if statistics else 0, d])
+    quantized = _empty_like_rows(x, channel_dim)
+    return quantized, indices, distance.new_empty([]), counts, sums
 
 
 # Gradients ---------------------------------------------------------------------------------------
 
 
 def _nearest_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, codebook, ctx.channel_dim = inputs
+    x, codebook, ctx.metric, ctx.channel_dim = inputs
     _, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, codebook, indices)
 
 
-def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
-    # distance_i = |x_i - c_j|^2 with j = indices_i
+def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None, None]:
+    """The gradient of the distance to c = c_(indices_i), which is as in `vq_nearest`."""
     x, codebook, indices = ctx.saved_tensors
-    codes = _vq_lookup(indices, codebook, ctx.channel_dim)
-    grad_x = 2 * grad.unsqueeze(ctx.channel_dim) * (x - codes)
-    _, sums = _vq_accumulate(grad_x, indices, codebook.shape[0], ctx.channel_dim)
-    return grad_x, -sums, None
+    dim = ctx.channel_dim
+    rows, codes = x.float(), _vq_lookup(indices, codebook.float(), dim)
+    grad = grad.unsqueeze(dim)
+    if ctx.metric == "l2":
+        grad_x = 2 * grad * (rows - codes)
+        grad_codes = -grad_x
+    elif ctx.metric == "dot":
+        grad_x, grad_codes = -grad * codes, -grad * rows
+    else:
+        a, b = (t.norm(dim=dim, keepdim=True).clamp_min(1e-30) for t in (rows, codes))
+        rows, codes = rows / a, codes / b
+        cosine = (rows * codes).sum(dim, keepdim=True)
+        grad_x, grad_codes = grad / a * (cosine * rows - codes), grad / b * (cosine * codes - rows)
+    _, sums = _vq_accumulate(grad_codes, indices, codebook.shape[0], dim)
+    return grad_x.to(x.dtype), sums.to(codebook.dtype), None, None
 
 
 def _lookup_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     indices, codebook, ctx.channel_dim = inputs
-    ctx.k = codebook.shape[0]
+    ctx.k, ctx.dtype = codebook.shape[0], codebook.dtype
     ctx.save_for_backward(indices)
 
 
 def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
     (indices,) = ctx.saved_tensors
     _, sums = _vq_accumulate(grad, indices, ctx.k, ctx.channel_dim)
-    return None, sums, None
+    return None, sums.to(ctx.dtype), None
 
 
 def _quantize_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, codebook, ctx.beta, ctx.codebook_weight, ctx.channel_dim, _ = inputs
+    x, codebook, ctx.beta, ctx.codebook_weight, _, ctx.channel_dim, _ = inputs
     quantized, indices, _, counts, sums = output
     ctx.mark_non_differentiable(indices, counts, sums)
     ctx.save_for_backward(x, codebook, quantized, indices)
@@ -168,33 +217,43 @@ def _quantize_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any
 
 def _quantize_backward(
     ctx: Any, grad_quantized: Tensor, _indices: None, grad_loss: Tensor, *_statistics: None
-) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+) -> tuple[Tensor | None, ...]:
     # loss = beta / (n d) sum_i |x_i - c_j|^2 for x, and codebook_weight / (n d) of it for c
     x, codebook, quantized, indices = ctx.saved_tensors
     unit = grad_loss * (2 / max(x.numel(), 1))
     grad_x = grad_codebook = None
+    if x.dtype == torch.float32:
+        difference = x - quantized
+    else:  # not from the codes as they were rounded to the dtype of x
+        difference = x.float() - _vq_lookup(indices, codebook.float(), ctx.channel_dim)
     if ctx.needs_input_grad[0]:
-        grad_x = grad_quantized + (x - quantized) * (unit * ctx.beta)
+        grad_x = (grad_quantized + difference * (unit * ctx.beta)).to(x.dtype)
     if ctx.needs_input_grad[1]:
         # From the differences, not as counts c - sums: that cancels far from the origin.
-        _, sums = _vq_accumulate(quantized - x, indices, codebook.shape[0], ctx.channel_dim)
-        grad_codebook = sums * (unit * ctx.codebook_weight)
-    return grad_x, grad_codebook, None, None, None, None
+        _, sums = _vq_accumulate(difference, indices, codebook.shape[0], ctx.channel_dim)
+        grad_codebook = (sums * -(unit * ctx.codebook_weight)).to(codebook.dtype)
+    return grad_x, grad_codebook, None, None, None, None, None
 
 
 # Batching rules: a batch of `x` against one codebook is just more rows ---------------------------
 
 
 def _nearest_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, codebook: Tensor, channel_dim: int
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    channel_dim: int,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    x_dim, codebook_dim, _ = in_dims
+    x_dim, codebook_dim, *_ = in_dims
     if codebook_dim is None and x_dim is not None:
-        return _vq_nearest(x.movedim(x_dim, 0), codebook, channel_dim + 1), (0, 0)
+        return _vq_nearest(x.movedim(x_dim, 0), codebook, metric, channel_dim + 1), (0, 0)
     results = [
         _vq_nearest(
             x if x_dim is None else x.select(x_dim, b),
             codebook if codebook_dim is None else codebook.select(codebook_dim, b),
+            metric,
             channel_dim,
         )
         for b in range(info.batch_size)
@@ -221,7 +280,7 @@ def _lookup_vmap(
 
 
 _vq_nearest = define_op(
-    "vq_nearest(Tensor x, Tensor codebook, int channel_dim) -> (Tensor, Tensor)",
+    "vq_nearest(Tensor x, Tensor codebook, str metric, int channel_dim) -> (Tensor, Tensor)",
     cpu=_nearest,
     fake=_nearest_fake,
     setup_context=_nearest_setup_context,
@@ -243,8 +302,8 @@ _vq_accumulate = define_op(
     fake=_accumulate_fake,
 )
 _vq_quantize = define_op(
-    "vq_quantize(Tensor x, Tensor codebook, float beta, float codebook_weight, int channel_dim, "
-    "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "vq_quantize(Tensor x, Tensor codebook, float beta, float codebook_weight, str metric, "
+    "int channel_dim, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_quantize,
     fake=_quantize_fake,
     setup_context=_quantize_setup_context,
@@ -255,10 +314,24 @@ _vq_quantize = define_op(
 # Public functions --------------------------------------------------------------------------------
 
 
-def _check_x(op: str, x: Tensor, channel_dim: int) -> int:
+def _check_x(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {describe(tensor)}")
     if x.ndim < 2:
         raise ValueError(f"{op}: x must be [n, d] or have more dimensions, got {list(x.shape)}")
-    return normalize_dim(op, "channel_dim", channel_dim, x.ndim)
+    dim = normalize_dim(op, "channel_dim", channel_dim, x.ndim)
+    if codebook.ndim == 3 and x.shape[dim] != codebook.shape[0] * codebook.shape[2]:
+        g, k, d = codebook.shape
+        raise ValueError(
+            f"{op}: x has {x.shape[dim]} channels, but the codebook [{g}, {k}, {d}] is for {g * d}"
+        )
+    return dim
+
+
+def _groups(x: Tensor, codebook: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
+    """Each group of channels of `x`, a view, with its codes."""
+    return list(zip(x.chunk(codebook.shape[0], dim), codebook.unbind(0), strict=True))
 
 
 @overload
@@ -287,7 +360,7 @@ def vq_nearest(
     channel_dim: int = -1,
     return_distance: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Index of the nearest code for every row: ``argmin_j |x_i - c_j|^2``.
+    """Index of the nearest code for every row: ``argmin_j distance(x_i, c_j)``.
 
     The index is exact: that of the smallest distance in float64 arithmetic, also far from the
     origin, where ``|x|^2 - 2 x.c + |c|^2`` in float32 is not; the lowest one among equals. Nothing
@@ -295,29 +368,39 @@ def vq_nearest(
     with one is never chosen while another is finite. The distance is differentiable.
 
     Args:
-        x: `[n, d]`, `[b, n, d]`, or an image `[b, d, h, w]` with `channel_dim=1`; float32, any
-            strides. Under autocast other floating dtypes are converted.
-        codebook: `[k, d]`, float32.
-        metric: Only `"l2"`.
-        channel_dim: The dimension of `x` that holds the `d` channels.
-        return_distance: Whether to return the squared distances as well.
+        x: `[n, d]`, `[b, n, d]`, or an image `[b, d, h, w]` with `channel_dim=1`; float32,
+            bfloat16 or float16, any strides. Under autocast it is converted to float32.
+        codebook: `[k, d]`, or `[g, k, d]` for `g` groups of channels, each with codes of its own
+            (product quantization; then `x` has `g d` channels); float32, bfloat16 or float16.
+        metric: The distance: `"l2"`, ``|x - c|^2``; `"dot"`, ``-x.c``; or `"cosine"`,
+            ``1 - x.c / (|x| |c|)``, which is 1 where a vector has length 0.
+        channel_dim: The dimension of `x` that holds the channels.
+        return_distance: Whether to return the distances as well.
 
     Returns:
-        The indices, int64, in the shape of `x` without `channel_dim`; with `return_distance` also
-        the squared L2 distances, float32, in the same shape. O(n k d) time, O(n + k d) memory.
+        The indices, int64, in the shape of `x` without `channel_dim`, or with `g` in its place for
+        a grouped codebook; with `return_distance` also the distances, float32, in the same shape.
+        O(n k d) time, O(n + k d) memory.
 
     Raises:
-        ValueError: Shapes do not fit, the codebook is empty, or `metric` is not supported.
-        TypeError: A tensor is not float32.
+        ValueError: Shapes or devices do not fit, the codebook is empty, or `metric` is unknown (on
+            CUDA only `"l2"` is there).
+        TypeError: A tensor is of another dtype.
 
     Example:
         >>> vq_nearest(torch.tensor([[0.9, 0.0]]), torch.eye(2))
         tensor([0])
     """
     check_choice("vq_nearest", "metric", metric, _METRICS)
-    dim = _check_x("vq_nearest", x, channel_dim)
+    dim = _check_x("vq_nearest", x, codebook, channel_dim)
     x, codebook = under_autocast(x, codebook)
-    distance, indices = _vq_nearest(x, codebook, dim)
+    if codebook.ndim == 3:
+        results = [
+            _vq_nearest(part, codes, metric, dim) for part, codes in _groups(x, codebook, dim)
+        ]
+        distance, indices = (torch.stack(r, dim) for r in zip(*results, strict=True))
+    else:
+        distance, indices = _vq_nearest(x, codebook, metric, dim)
     return (indices, distance) if return_distance else indices
 
 
@@ -328,21 +411,32 @@ def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1) -> Te
     number of threads.
 
     Args:
-        indices: int64 of any shape, each in `[0, k)`.
-        codebook: `[k, d]`, float32.
-        channel_dim: The dimension of the result that holds the `d` channels.
+        indices: int64 of any shape, each in `[0, k)`; for a grouped codebook with `g` entries in
+            dimension `channel_dim`, as `vq_nearest` returns them.
+        codebook: `[k, d]` or `[g, k, d]`; float32, bfloat16 or float16.
+        channel_dim: The dimension of the result that holds the channels.
 
     Returns:
-        float32, the shape of `indices` with `d` inserted at `channel_dim`: from `[b, h, w]`, an
-        image `[b, d, h, w]` with `channel_dim=1`.
+        In the dtype of `codebook`, the shape of `indices` with `d` inserted at `channel_dim`: from
+        `[b, h, w]`, an image `[b, d, h, w]` with `channel_dim=1`. For a grouped codebook `g d`
+        channels take the place of `g`.
 
     Raises:
         IndexError: An index is outside `[0, k)` (on CUDA such a row is NaN instead).
         ValueError: Shapes do not fit.
-        TypeError: `indices` is not int64 or `codebook` not float32.
+        TypeError: `indices` is not int64 or `codebook` of another dtype.
     """
-    dim = normalize_dim("vq_lookup", "channel_dim", channel_dim, indices.ndim + 1)
     (codebook,) = under_autocast(codebook)
+    if codebook.ndim == 3:
+        dim = normalize_dim("vq_lookup", "channel_dim", channel_dim, indices.ndim)
+        if indices.shape[dim] != codebook.shape[0]:
+            raise ValueError(
+                f"vq_lookup: indices are {list(indices.shape)}, but the codebook "
+                f"{list(codebook.shape)} wants {codebook.shape[0]} of them in dimension {dim}"
+            )
+        groups = zip(indices.unbind(dim), codebook.unbind(0), strict=True)
+        return torch.cat([_vq_lookup(index, codes, dim) for index, codes in groups], dim)
+    dim = normalize_dim("vq_lookup", "channel_dim", channel_dim, indices.ndim + 1)
     result: Tensor = _vq_lookup(indices, codebook, dim)
     return result
 
@@ -359,36 +453,50 @@ def vq_quantize(
 ) -> tuple[Tensor, ...]:
     """The quantiser of a VQ-VAE (van den Oord et al. 2017, equations 2 and 3).
 
-    ``e_i = c_j`` with ``j = argmin_j |x_i - c_j|^2``, and ``loss = codebook_weight
-    mean((sg(x) - e)^2) + beta mean((x - sg(e))^2)``, `sg` being the stop-gradient. The gradient of
-    `quantized` goes straight to `x`; the value of `quantized` is that of the codes to the bit, as
-    ``x + (e - x).detach()`` would not be.
+    ``e_i = c_j`` with ``j = argmin_j distance(x_i, c_j)`` as in `vq_nearest`, and ``loss =
+    codebook_weight mean((sg(x) - e)^2) + beta mean((x - sg(e))^2)``, `sg` being the stop-gradient.
+    The gradient of `quantized` goes straight to `x`; the value of `quantized` is that of the codes
+    to the bit, as ``x + (e - x).detach()`` would not be.
 
     Args:
-        x: As in `vq_nearest`.
-        codebook: `[k, d]`, float32.
+        x, codebook, metric: As in `vq_nearest`. The metric chooses codes; losses are always squared
+            differences.
         beta: Weight of the commitment loss, whose gradient goes to `x`.
-        metric: Only `"l2"`.
-        channel_dim: The dimension of `x` that holds the `d` channels.
+        channel_dim: The dimension of `x` that holds the channels.
         codebook_weight: Weight of the codebook loss, whose gradient goes to `codebook`; 0 for a
             codebook learned by moving averages.
         return_statistics: Whether to return what moving averages need.
 
     Returns:
-        `(quantized, indices, loss)`: the codes in the shape of `x`, the int64 indices in that shape
-        without `channel_dim`, and a scalar, 0 for an empty `x`. With `return_statistics` also
-        `counts` `[k]`, the number of rows of every code, and `sums` `[k, d]`, their sums; both
-        without gradient and the same for any number of threads.
+        `(quantized, indices, loss)`: the codes in the shape and dtype of `x`, the int64 indices as
+        `vq_nearest` returns them, and a float32 scalar, 0 for an empty `x`. With
+        `return_statistics` also `counts` `[k]`, the number of rows of every code, and `sums`
+        `[k, d]`, their sums, in float32, without gradient and the same for any number of threads.
+        For a grouped codebook the last two begin with `g`.
 
     Raises:
         ValueError, TypeError: As in `vq_nearest`.
     """
     check_choice("vq_quantize", "metric", metric, _METRICS)
-    dim = _check_x("vq_quantize", x, channel_dim)
+    dim = _check_x("vq_quantize", x, codebook, channel_dim)
     x, codebook = under_autocast(x, codebook)
-    results: tuple[Tensor, ...] = _vq_quantize(
-        x, codebook, float(beta), float(codebook_weight), dim, return_statistics
-    )
+    weights = float(beta), float(codebook_weight)
+    results: tuple[Tensor, ...]
+    if codebook.ndim == 3:
+        parts = [
+            _vq_quantize(part, codes, *weights, metric, dim, return_statistics)
+            for part, codes in _groups(x, codebook, dim)
+        ]
+        quantized, indices, loss, counts, sums = zip(*parts, strict=True)
+        results = (
+            torch.cat(quantized, dim),
+            torch.stack(indices, dim),
+            torch.stack(loss).mean(),
+            torch.stack(counts),
+            torch.stack(sums),
+        )
+    else:
+        results = _vq_quantize(x, codebook, *weights, metric, dim, return_statistics)
     return results if return_statistics else results[:3]
 
 
@@ -443,14 +551,16 @@ def kmeans(
         check_choice("kmeans", "init", init, ("random", "kmeans++"))
         centroids = x[_initial_rows(x, k, init == "kmeans++", generator)]
     for _ in range(iterations):
-        distance, indices = _vq_nearest(x, centroids, 1)
+        distance, indices = _vq_nearest(x, centroids, "l2", 1)
         counts, sums = _vq_accumulate(x, indices, k, 1)
-        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
-        empty = (counts == 0).nonzero().flatten()[: x.shape[0]]
-        if len(empty):
+        empty = counts == 0
+        centroids = torch.where(empty[:, None], centroids, sums / counts[:, None])
+        if torch.compiler.is_compiling() or empty.any():
             farthest = distance.argsort(descending=True, stable=True)
-            centroids[empty] = x[farthest[: len(empty)]]
-    distance, indices = _vq_nearest(x, centroids, 1)
+            place = empty.cumsum(0) - 1  # the how many-th empty one
+            moved = (empty & (place < len(x)))[:, None]
+            centroids = torch.where(moved, x[farthest[place.clamp(0, len(x) - 1)]], centroids)
+    distance, indices = _vq_nearest(x, centroids, "l2", 1)
     return KMeansResult(centroids, indices, distance.sum())
 
 
@@ -461,9 +571,11 @@ def _initial_rows(x: Tensor, k: int, plus_plus: bool, generator: torch.Generator
         return rows.repeat(-(-k // n))[:k].to(x.device)  # all of them several times where k > n
     chosen = torch.empty(k, dtype=torch.int64, device=x.device)
     distance = x.new_full([n], 1.0, dtype=torch.float64)
-    for j, u in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).tolist()):
+    uniform = torch.rand(k, generator=generator, dtype=torch.float64).to(x.device)
+    for j in range(k):
         cumulative = distance.cumsum(0)
-        chosen[j] = torch.searchsorted(cumulative, cumulative[-1:] * u, right=True).clamp(max=n - 1)
-        to_new, _ = _vq_nearest(x, x[chosen[j]][None], 1)
+        at = torch.searchsorted(cumulative, cumulative[-1:] * uniform[j], right=True)
+        chosen[j] = at[0].clamp(max=n - 1)
+        to_new, _ = _vq_nearest(x, x[chosen[j]][None], "l2", 1)
         distance = to_new.double() if j == 0 else torch.minimum(distance, to_new)
     return chosen

@@ -18,10 +18,17 @@ def vq_nearest(
     channel_dim: int = -1,
     return_distance: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    assert metric == "l2"
+    if codebook.ndim == 3:
+        parts = [
+            vq_nearest(part, codes, metric=metric, channel_dim=channel_dim, return_distance=True)
+            for part, codes in zip(x.chunk(len(codebook), channel_dim), codebook, strict=True)
+        ]
+        dim = channel_dim % x.ndim
+        indices, distance = (torch.stack(p, dim) for p in zip(*parts, strict=True))
+        return (indices, distance) if return_distance else indices
     rows = x.movedim(channel_dim, -1).flatten(0, -2)
     # A loop over the rows: n x k x d differences of a large case do not fit in memory.
-    nearest = [(row - codebook).square().sum(-1).min(0) for row in rows]
+    nearest = [_distances(row, codebook, metric).min(0) for row in rows]
     shape = x.movedim(channel_dim, -1).shape[:-1]
     if not nearest:
         indices, distance = x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
@@ -31,7 +38,20 @@ def vq_nearest(
     return (indices, distance) if return_distance else indices
 
 
+def _distances(row: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    if metric == "l2":
+        return (row - codebook).square().sum(-1)
+    if metric == "dot":
+        return -(codebook @ row)
+    norms = row.norm() * codebook.norm(dim=-1)
+    return 1 - torch.where(norms > 0, (codebook @ row) / norms.where(norms > 0, 1), 0)
+
+
 def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1) -> Tensor:
+    if codebook.ndim == 3:
+        dim = channel_dim % indices.ndim
+        groups = zip(indices.unbind(dim), codebook, strict=True)
+        return torch.cat([vq_lookup(i, codes, channel_dim=dim) for i, codes in groups], dim)
     return codebook[indices].movedim(-1, channel_dim)
 
 
