@@ -384,14 +384,16 @@ BENCHMARK = Benchmark(
             "nearest",
             "vq_nearest: the index of the nearest of k codes for n rows of d channels",
             (
+                _case(256, 1024, 64),
                 _case(256, 16384, 256),
                 _case(1024, 1024, 256, quick=True),
+                _case(1024, 8192, 8, quick=True),
                 _case(4096, 8192, 32),
+                _case(4096, 8192, 64),
+                _case(4096, 16384, 8),
                 _case(4096, 16384, 256),
                 _case(16384, 1024, 64),
                 _case(65536, 512, 8),
-                _case(4096, 8192, 8),
-                _case(1024, 8192, 8, quick=True),
             ),
         ),
         _nearest(
@@ -439,7 +441,7 @@ BENCHMARK = Benchmark(
         Workload(
             name="kmeans",
             title=f"kmeans: {_KMEANS_ITERATIONS} iterations of Lloyd's algorithm",
-            cases=(_case(16384, 256, 64), _case(8192, 512, 32, quick=True)),
+            cases=(_case(65536, 1024, 64), _case(8192, 512, 32, quick=True)),
             providers=(
                 Provider("t2p_fast", _ours_kmeans, ours=True),
                 Provider("torch addmm+argmin", _torch_kmeans),

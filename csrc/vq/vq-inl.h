@@ -155,7 +155,7 @@ class BlockSearch {
         again[repeated++] = i;
       } else {
         const float* row = contiguous_row(i);
-        std::int32_t code[kPanelCodes + kLanes];
+        std::int32_t code[kPanelCodes + kOfferRoom];
         const M32 left = not_greater(load(lanes_[i].best), broadcast(limit));
         const int lanes = store_chosen(code, left, lane_numbers());
         for (int c = lanes; c-- > 0;) {
@@ -189,7 +189,7 @@ class BlockSearch {
           const M32 left = not_greater(scores[m][v], broadcast(limit_[i]));
           if (!bits(left)) continue;
           const auto first = static_cast<std::int32_t>(p * kPanelCodes + v * kLanes);
-          std::int32_t code[2 * kLanes];
+          std::int32_t code[kLanes + kOfferRoom];
           const int count = store_chosen(code, left, add(lane_numbers(), broadcast(first)));
           offer_codes(codebook_, contiguous_row(i), code, count, nearest);
         }

@@ -316,7 +316,11 @@ void accumulate_cpu(const Rows<const float>& x, const std::int64_t* indices, std
       std::fill_n(total.data(), d, 0.0);
       for (std::int64_t i = begin[j]; i < begin[j + 1]; ++i) {
         const float* row = x.row(order[i]);
-        for (std::int64_t t = 0; t < d; ++t) total[t] += row[t * x.channel_stride];
+        if (x.channel_stride == 1) {  // on its own, so that it becomes vectors
+          for (std::int64_t t = 0; t < d; ++t) total[t] += row[t];
+        } else {
+          for (std::int64_t t = 0; t < d; ++t) total[t] += row[t * x.channel_stride];
+        }
       }
       counts[j] = static_cast<float>(begin[j + 1] - begin[j]);
       std::copy_n(total.data(), d, sums + j * d);

@@ -280,7 +280,7 @@ class CoarseSearch {
     Nearest nearest{double{kInfinity}, kUndecided};
     if (candidates_[i] != kGivenUp) {
       const int count = drop_candidates(i, candidates_[i]);
-      std::int32_t code[kMaxCandidates * kCoarseVectors + kLanes];
+      std::int32_t code[kMaxCandidates * kCoarseVectors + kOfferRoom];
       for (int c = 0; c < count; ++c) {
         const std::int32_t place = place_[i][c], lane = place % kLanes;
         const std::int32_t first = (place - lane) * kCoarseVectors + lane;

@@ -108,10 +108,58 @@ T2P_INLINE void offer_batches(const Codebook& codebook, const float* row, std::i
   }
 }
 
-// Offers code[count]; the list has room for kLanes more, which are overwritten.
+// Codes that are offered at once, at most, and the room behind them in their list.
+constexpr int kMaxOffered = 256, kOfferRoom = 16;
+
+// Leaves of code[count] those that may be nearest by |x - c|^2 in float32, a sum of d positive
+// terms which errs by less than (d + 4) u of itself, u = 2^-24; underflow is covered by the last
+// term.
+T2P_INLINE std::int64_t keep_near(const Codebook& codebook, const float* row, std::int32_t* code,
+                                  std::int64_t count) {
+  constexpr int kBatch = 8;
+  const std::int64_t d = codebook.d, last = codebook.k - 1;
+  float distance[kMaxOffered + kBatch];
+  float least = __builtin_inff();
+  for (int i = 0; i < kBatch; ++i) code[count + i] = code[count - 1];
+  for (std::int64_t first = 0; first < count; first += kBatch) {
+    const float* codes[kBatch];
+    F32 sums[kBatch];
+#pragma GCC unroll 8
+    for (int v = 0; v < kBatch; ++v) {
+      codes[v] = codebook.codes + smaller(code[first + v], last) * d;
+      sums[v] = broadcast(0.f);
+    }
+    for (std::int64_t t = 0; t < d; t += kLanes) {
+      const int left = static_cast<int>(smaller(kLanes, d - t));
+      const F32 x = load_first(row + t, left);
+#pragma GCC unroll 8
+      for (int v = 0; v < kBatch; ++v) {
+        const F32 difference = sub(x, load_first(codes[v] + t, left));
+        sums[v] = multiply_add(difference, difference, sums[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kBatch; ++v) {
+      distance[first + v] = reduce_add(sums[v]);
+      least = distance[first + v] < least ? distance[first + v] : least;
+    }
+  }
+  const float unit = static_cast<float>(d + 4) * 0x1p-24f;
+  const float limit = least * (1 + 3 * unit) + static_cast<float>(d) * 0x1p-120f;
+  std::int64_t kept = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    code[kept] = code[i];
+    kept += !(distance[i] > limit);
+  }
+  return kept;
+}
+
+// Offers code[count], count <= kMaxOffered; the list has room for kLanes more, which are
+// overwritten.
 inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t* code,
                         std::int64_t count, Nearest& nearest) {
   if (codebook.metric == Metric::kL2) {
+    if (count > kLanes / 2 && codebook.d <= 1 << 20) count = keep_near(codebook, row, code, count);
     offer_batches<Metric::kL2>(codebook, row, code, count, nearest);
   } else if (codebook.metric == Metric::kDot) {
     offer_batches<Metric::kDot>(codebook, row, code, count, nearest);

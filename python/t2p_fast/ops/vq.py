@@ -227,7 +227,7 @@ def _quantize_backward(
     else:  # not from the codes as they were rounded to the dtype of x
         difference = x.float() - _vq_lookup(indices, codebook.float(), ctx.channel_dim)
     if ctx.needs_input_grad[0]:
-        grad_x = (grad_quantized + difference * (unit * ctx.beta)).to(x.dtype)
+        grad_x = torch.addcmul(grad_quantized, difference, unit * ctx.beta).to(x.dtype)
     if ctx.needs_input_grad[1]:
         # From the differences, not as counts c - sums: that cancels far from the origin.
         _, sums = _vq_accumulate(difference, indices, codebook.shape[0], ctx.channel_dim)
