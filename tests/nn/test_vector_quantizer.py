@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from t2p_fast.nn import VectorQuantizer
+from t2p_fast.nn import VectorQuantizer, codebook_usage
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +241,7 @@ def test_errors() -> None:
 PROGRAM = """
 import sys, torch
 import torch.distributed as dist
-from t2p_fast.nn import VectorQuantizer
+from t2p_fast.nn import VectorQuantizer, codebook_usage
 
 rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -284,3 +284,99 @@ def test_processes_keep_the_same_codes(tmp_path: Path) -> None:
     # Without anything random, two processes are one process with both their batches.
     for key in first[0]:
         torch.testing.assert_close(first[0][key], alone[0][key], rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_codes_have_length_one() -> None:
+    quantizer = make(k=20, d=6, metric="cosine", beta=0.3)
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    quantized, indices, _ = quantizer(x)
+    directions = torch.nn.functional.normalize(x, dim=1)
+    codes = torch.nn.functional.normalize(quantizer.codebook, dim=1)
+    cosine = rows(directions) @ codes.T
+    assert torch.equal(indices.flatten(), cosine.argmax(1))
+    torch.testing.assert_close(quantized.norm(dim=1), torch.ones(2, 4, 5))
+    assert torch.equal(quantizer.nearest(7 * x), indices)
+    assert torch.equal(quantizer.lookup(indices), quantized.detach())
+    quantized.sum().backward()
+    assert (x.grad * x).sum(1).abs().max() < 1e-5  # length does not matter
+
+
+def test_cosine_moving_averages_learn_directions() -> None:
+    quantizer = make(k=2, d=2, metric="cosine", ema_decay=0.5, channel_dim=-1)
+    quantizer.codebook.data = torch.tensor([[1.0, 0.1], [0.1, 1.0]])
+    x = torch.tensor([[3.0, 0.0], [0.0, 0.2]]).repeat(8, 1)
+    for _ in range(20):
+        quantizer(x)
+    torch.testing.assert_close(quantizer.codes(), torch.eye(2), rtol=0, atol=1e-3)
+
+
+def test_rotation_gradient_is_the_rotation() -> None:
+    """Against the matrix ``|c|/|x| (I - 2 r r^T + 2 c' x'^T)``, one vector at a time."""
+    quantizer = make(k=9, d=4, channel_dim=-1, gradient="rotation")
+    x = torch.randn(30, 4, requires_grad=True)
+    weight = torch.randn(30, 4)
+    quantized, indices, _ = quantizer(x)
+    assert torch.equal(quantized, quantizer.codebook[indices])
+    (quantized * weight).sum().backward()
+    for i in range(30):
+        e, c = x[i].detach().double(), quantizer.codebook[indices[i]].detach().double()
+        r = e / e.norm() + c / c.norm()
+        r = r / r.norm()
+        matrix = (c.norm() / e.norm()) * (
+            torch.eye(4, dtype=torch.float64) - 2 * torch.outer(r, r)
+            + 2 * torch.outer(c / c.norm(), e / e.norm())
+        )  # fmt: skip
+        torch.testing.assert_close(matrix @ e, c)  # it takes x to its code
+        expected = matrix.T @ weight[i].double()
+        torch.testing.assert_close(x.grad[i].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_usage() -> None:
+    even = codebook_usage(torch.arange(8).repeat(3), 8)
+    torch.testing.assert_close(even.perplexity, torch.tensor(8.0))
+    assert even.used == 1
+    one = codebook_usage(torch.full((5,), 3), 8)
+    assert (float(one.perplexity), float(one.used)) == (1.0, 0.125)
+    skewed = codebook_usage(torch.tensor([0, 0, 0, 1, -1]), 4)
+    torch.testing.assert_close(skewed.perplexity, torch.tensor(2.0**0.8112781))
+
+
+def test_a_failed_load_keeps_the_kmeans_start() -> None:
+    quantizer = make(kmeans_init=True)
+    quantizer.load_state_dict({}, strict=False)
+    assert quantizer.needs_init
+    quantizer.load_state_dict(make().state_dict())
+    assert not quantizer.needs_init
+
+
+def test_nothing_to_quantise_in_training() -> None:
+    quantizer = make(ema_decay=0.9, dead_code_threshold=1.0)
+    quantized, indices, loss = quantizer(torch.empty(0, 3, 2, 2))
+    assert (quantized.shape, indices.shape, float(loss)) == ((0, 3, 2, 2), (0, 2, 2), 0.0)
+    assert quantizer.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_moving_averages_in_other_dtypes(dtype: torch.dtype) -> None:
+    quantizer = make(ema_decay=0.9).to(dtype)
+    quantized, _, loss = quantizer(torch.randn(2, 3, 4, 4, dtype=dtype))
+    assert quantizer.codebook.dtype == dtype
+    assert quantized.isfinite().all()
+    assert loss.isfinite()
+
+
+def test_training_compiles() -> None:
+    quantizer = make(k=8, ema_decay=0.9, dead_code_threshold=0.05)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 5, 5)
+    _, indices, _ = compiled(x)
+    assert indices.shape == (4, 5, 5)
+    assert quantizer.ema_count.sum() > 0
+
+
+def test_option_errors() -> None:
+    with pytest.raises(ValueError, match="metric is 'dot', expected 'l2' or 'cosine'"):
+        make(metric="dot")
+    with pytest.raises(ValueError, match="gradient is 'none'"):
+        make(gradient="none")

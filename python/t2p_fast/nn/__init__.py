@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules over the ops."""
 
-from t2p_fast.nn.vector_quantizer import VectorQuantizer
+from t2p_fast.nn.gumbel_quantizer import GumbelQuantizer
+from t2p_fast.nn.residual_vq import GroupedResidualVQ, ResidualVQ
+from t2p_fast.nn.scalar_quantizers import FSQ, LFQ
+from t2p_fast.nn.vector_quantizer import CodebookUsage, VectorQuantizer, codebook_usage
 
-__all__ = ["VectorQuantizer"]
+__all__ = [
+    "FSQ",
+    "LFQ",
+    "CodebookUsage",
+    "GroupedResidualVQ",
+    "GumbelQuantizer",
+    "ResidualVQ",
+    "VectorQuantizer",
+    "codebook_usage",
+]
