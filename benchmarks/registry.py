@@ -96,7 +96,8 @@ class Workload:
         inputs: Makes the tensors of a case, `inputs(sizes, device)`, the same at every call.
         gate: Raises `GateError` if a result is wrong, `gate(inputs, result, ours)`. Peers are
             held to what their arithmetic allows, the op under test to what it promises.
-        flops: Arithmetic that no provider can avoid.
+        flops: The arithmetic of the plain method in float32. Who prunes, or computes in smaller
+            numbers, may need less and pass the floor.
         bytes_moved: Bytes of the inputs and results, each counted once.
         line: The size that varies, for workloads that are drawn as a line.
     """

@@ -43,7 +43,7 @@ class Row:
     time of the whole process, which a busy machine hardly disturbs. `memory_mib` is the peak
     beyond what was held before the call. `floor_ms` is the larger of flops over `peak_gflops` and
     bytes over `copy_gb_s`, both measured in the same process. `ratio` is the best
-    peer's `min_ms` over this one: above 1 is faster than every peer; `cpu_ratio` is the same of
+    peer's `median_ms` over this one: above 1 is faster than every peer; `cpu_ratio` is the same of
     `cpu_ms`, the number to trust for one thread on a busy machine.
     """
 
@@ -157,10 +157,10 @@ def add_ratios(rows: Sequence[Row]) -> None:
         peers = [row for row in timed if not row.ours]
         if not peers:
             continue
-        best = min(peers, key=lambda row: row.min_ms or 0.0)
+        best = min(peers, key=lambda row: row.median_ms or 0.0)
         for row in timed:
             row.best_peer = best.provider
-            row.ratio = (best.min_ms or 0.0) / (row.min_ms or 1.0)
+            row.ratio = (best.median_ms or 0.0) / (row.median_ms or 1.0)
         quickest = min(peers, key=lambda row: row.cpu_ms or 0.0)
         for row in timed:
             row.cpu_ratio = (quickest.cpu_ms or 0.0) / row.cpu_ms if row.cpu_ms else None
@@ -213,7 +213,7 @@ def print_tables(rows: Sequence[Row], workloads: Sequence[Workload], console: Co
         f"{row.cpu}, {row.machine}: {row.peak_gflops:.0f} GFLOP/s, copy {row.copy_gb_s:.1f} GB/s",
         f"t2p_fast {row.t2p_fast} ({row.isa}{commit}), torch {row.torch}, Python {row.python}",
         "Times in ms a call: by the wall clock, cpu by the processor's. MiB: peak beyond what was "
-        "held before. vs peer: the best peer's min over this one, above 1 is faster.",
+        "held before. vs peer: the best peer's median over this one, above 1 is faster.",
     ):
         console.print(line, style="dim", highlight=False)
 
@@ -235,7 +235,7 @@ def _table(rows: Sequence[Row], title: str) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for case in dict.fromkeys(row.case for row in rows):
         mine = [row for row in rows if row.case == case]
-        table.add_row(f"[cyan]{case}[/] floor {_number(mine[0].floor_ms)}")
+        table.add_row(f"[cyan]{case}[/] fp32 floor {_number(mine[0].floor_ms)}")
         for row in mine:
             if row.min_ms is None:
                 continue
@@ -314,7 +314,7 @@ def _bars(axis: Any, rows: Sequence[Row], _: Workload, colours: dict[str, str]) 
         [j + 0.45 for j in range(len(cases))],
         colors="black",
         linestyles="dotted",
-        label="floor",
+        label="fp32 floor",
     )
     axis.set_xticks(range(len(cases)), cases, fontsize=7)
 
@@ -332,6 +332,6 @@ def _lines(axis: Any, rows: Sequence[Row], workload: Workload, colours: dict[str
             color=colours[name],
         )
     floors = {sizes[row.case]: row.floor_ms for row in rows}
-    axis.plot(list(floors), list(floors.values()), "k:", label="floor")
+    axis.plot(list(floors), list(floors.values()), "k:", label="fp32 floor")
     axis.set_xscale("log", base=2)
     axis.set_xlabel(workload.line)
