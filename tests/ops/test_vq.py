@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast import reference
-from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize
+from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize, vq_topk
 from t2p_fast.reference.vq import _distances as distances
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -485,6 +485,49 @@ def test_lookup_of_an_index_out_of_range(index: int, device: torch.device) -> No
         vq_lookup(indices, codebook)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), [(50, 300, 17), (33, 12, 4), (5, 40, 1)])
+def test_topk(metric: str, n: int, k: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    for count in (1, 5, 12):
+        distance, indices = vq_topk(x, codebook, count, metric=metric)
+        truth, expected = reference.vq_topk(x.double(), codebook.double(), count, metric=metric)
+        assert torch.equal(indices, expected)
+        torch.testing.assert_close(distance.double(), truth, rtol=2.0**-22, atol=1e-12)
+    image = x.T.reshape(1, d, n, 1)
+    assert torch.equal(vq_topk(image, codebook, 3, metric=metric, channel_dim=1)[1].view(n, 3),
+                       vq_topk(x, codebook, 3, metric=metric)[1])  # fmt: skip
+
+
+@pytest.mark.parametrize("hard", sorted(HARD))
+def test_topk_on_hard_data(hard: str, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in HARD[hard](*_case(40, 200, 9)))
+    x, codebook = 100 + x, 100 + torch.cat([codebook, codebook[:50]])  # far away, and with ties
+    distance, indices = vq_topk(x, codebook, 7)
+    truth, expected = reference.vq_topk(x.double(), codebook.double(), 7)
+    torch.testing.assert_close(distance.double(), truth, rtol=2.0**-22, atol=1e-44)
+    assert torch.equal(indices, expected)
+
+
+def test_topk_of_what_is_not_finite(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(20, 30, 4))
+    clean = vq_topk(x, codebook[1:], 5)[1] + 1
+    x[3, 1], codebook[0, 2] = math.nan, math.inf
+    distance, indices = vq_topk(x, codebook, 5)
+    assert distance[3].isnan().all()
+    others = torch.arange(20, device=device) != 3
+    assert torch.equal(indices[others], clean[others])
+
+
+def test_topk_errors(device: torch.device) -> None:
+    x, codebook = torch.randn(4, 3, device=device), torch.randn(5, 3, device=device)
+    with pytest.raises(ValueError, match="count is 6, expected 1 to 5"):
+        vq_topk(x, codebook, 6)
+    with pytest.raises(ValueError, match=r"x has 3 channels but codebook is \[5, 2\]"):
+        vq_topk(x, codebook[:, :2], 1)
+    assert vq_topk(x[:0], codebook, 2)[1].shape == (0, 2)
+
+
 @pytest.mark.parametrize("init", ["random", "kmeans++"])
 def test_kmeans_finds_separated_clusters(init: str, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -514,3 +557,12 @@ def test_kmeans_errors(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"init must be \[2, 3\], got \[4, 3\]"):
         kmeans(x, 2, init=x)
     assert kmeans(x, 9).centroids.shape == (9, 3)
+
+
+def test_kmeans_compiles() -> None:
+    x, start = _case(300, 12, 5)
+    start[3] = start[2]  # an empty cluster
+    compiled = torch.compile(kmeans, fullgraph=True, backend="aot_eager")
+    ours, truth = (op(x, 12, init=start, iterations=3) for op in (compiled, kmeans))
+    torch.testing.assert_close(ours.centroids, truth.centroids)
+    assert torch.equal(ours.indices, truth.indices)

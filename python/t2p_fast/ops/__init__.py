@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops: functions on tensors, differentiable and compilable, each with its own kernels."""
 
-from t2p_fast.ops.vq import KMeansResult, kmeans, vq_lookup, vq_nearest, vq_quantize
+from t2p_fast.ops.kmeans import KMeansResult, kmeans
+from t2p_fast.ops.vq import vq_lookup, vq_nearest, vq_quantize, vq_topk
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize"]
+__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]

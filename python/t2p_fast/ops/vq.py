@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vector quantisation: nearest code, lookup, the quantiser of a VQ-VAE, and k-means.
+"""Vector quantisation: nearest codes, lookup, and the quantiser of a VQ-VAE.
 
 Sizes: `n` rows, `k` codes, `d` channels, `g` groups. `x` has its channels in dimension
 `channel_dim`; every other position is a row. Inside, tensors are viewed as `[outer, d, inner]`,
@@ -7,7 +7,7 @@ which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`, and ker
 """
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from t2p_fast._checks import check_choice, describe, normalize_dim, under_autocast
 from t2p_fast._library import _C, define_op
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize"]
+__all__ = ["vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
 
 _METRICS = ("l2", "dot", "cosine")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -500,82 +500,90 @@ def vq_quantize(
     return results if return_statistics else results[:3]
 
 
-class KMeansResult(NamedTuple):
-    """What `kmeans` found."""
-
-    centroids: Tensor  # [k, d]
-    indices: Tensor  # [n], of the nearest centroid
-    inertia: Tensor  # [], sum of squared distances to it
+_TOPK_BYTES = 32 << 20  # of the scores that are held at a time
 
 
 @torch.no_grad()
-def kmeans(
-    x: Tensor,
-    k: int,
-    *,
-    iterations: int = 10,
-    init: Literal["random", "kmeans++"] | Tensor = "random",
-    generator: torch.Generator | None = None,
-) -> KMeansResult:
-    """Lloyd's algorithm: alternates nearest centroids and means of their rows.
+def vq_topk(
+    x: Tensor, codebook: Tensor, count: int, *, metric: str = "l2", channel_dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """The `count` nearest codes for every row, the nearest first.
 
-    A centroid without rows moves to the row that is farthest from its own centroid, the next one to
-    the next farthest. The result is the same for any number of threads.
+    Exact as `vq_nearest`: float32 scores choose a few more codes than wanted, float64 distances
+    order them, and rows for which the rounding of the scores could matter are done in float64.
 
     Args:
-        x: `[n, d]`, float32, `n >= 1`.
-        k: Number of centroids.
-        iterations: Number of updates.
-        init: `"random"` distinct rows of `x`; `"kmeans++"` (Arthur and Vassilvitskii 2007), rows
-            drawn with probability proportional to the squared distance to those already drawn; or
-            the centroids to start from, `[k, d]`.
-        generator: Source of the random numbers, on the CPU.
+        x, metric, channel_dim: As in `vq_nearest`.
+        codebook: `[k, d]`.
+        count: Number of codes, at most `k`.
 
     Returns:
-        Centroids, indices and inertia, the latter two of the returned centroids. Each iteration
-        takes O(n k d) time and O(n + k d) memory.
+        `(distance, indices)`, float32 and int64, in the shape of `x` without `channel_dim` and with
+        `count` as the last dimension. Of equal distances the lower index comes first. A row with a
+        NaN or an infinity has distances of NaN. O(n k d) time, O(n count + k d) memory.
 
     Raises:
-        ValueError: Shapes do not fit, or `init` is not supported.
-        TypeError: `x` is not float32.
+        ValueError, TypeError: As in `vq_nearest`, or `count` is not from 1 to `k`.
     """
-    if x.ndim != 2 or x.shape[0] == 0:
-        raise ValueError(f"kmeans: x must be [n >= 1, d], got {list(x.shape)}")
-    if k < 1 or iterations < 0:
-        raise ValueError(f"kmeans: k={k} must be positive and iterations={iterations} not negative")
-    if isinstance(init, Tensor):
-        if init.shape != (k, x.shape[1]):
-            raise ValueError(f"kmeans: init must be [{k}, {x.shape[1]}], got {list(init.shape)}")
-        centroids = init.detach().clone()
+    check_choice("vq_topk", "metric", metric, _METRICS)
+    dim = _check_x("vq_topk", x, codebook, channel_dim)
+    _check_tensors("vq_topk", x=x, codebook=codebook)
+    if codebook.ndim != 2 or x.shape[dim] != codebook.shape[1]:
+        raise ValueError(
+            f"vq_topk: x has {x.shape[dim]} channels but codebook is {list(codebook.shape)}"
+        )
+    k, d = codebook.shape
+    if not 1 <= count <= k:
+        raise ValueError(f"vq_topk: count is {count}, expected 1 to {k}, the number of codes")
+    rows, codes = x.movedim(dim, -1).reshape(-1, d).float(), codebook.float()
+    parts = [
+        _topk_of_rows(part, codes, count, metric)
+        for part in rows.split(max(1, _TOPK_BYTES // (4 * k)))
+    ]
+    shape = [*_without_channels(x, dim), count]
+    distance, indices = (torch.cat(p).view(shape) for p in zip(*parts, strict=True))
+    return distance, indices
+
+
+def _topk_of_rows(x: Tensor, codebook: Tensor, count: int, metric: str) -> tuple[Tensor, Tensor]:
+    k, d = codebook.shape
+    codes = torch.nn.functional.normalize(codebook.double(), dim=1).float()
+    codes = codes if metric == "cosine" else codebook
+    # As in the kernels: |c|^2 / 2 - x.c, or -x.c, about the mean of the codes, errs by at most E.
+    center = codes.mean(0).nan_to_num(0.0, 0.0, 0.0)
+    codes = codes - center
+    rows = x - center if metric == "l2" else x
+    half_norms = codes.square().sum(1) / 2 if metric == "l2" else codes.new_zeros(k)
+    scores = torch.addmm(half_norms, rows, codes.T, alpha=-1).nan_to_num(torch.inf)
+    kept = min(k, count + 8)
+    best, chosen = scores.topk(kept, largest=False)
+    chosen = chosen.sort().values  # so that of equal distances the lowest index comes first
+    radius = codes.norm(dim=1).nan_to_num(0.0).max()
+    twice_error = 3 * (d + 16) * 2.0**-24 * radius * (rows.norm(dim=1) + radius)
+    decided = best[:, -1] - best[:, count - 1] > twice_error + d * 2.0**-118
+    doubtful = (~decided).nonzero().flatten() if kept < k else chosen.new_empty(0)
+    distance, indices = _topk_by_distance(x, codebook[chosen], chosen, count, metric)
+    for part in doubtful.split(max(1, _TOPK_BYTES // (8 * k * d))):
+        every = torch.arange(k, device=x.device).expand(len(part), k)
+        found = _topk_by_distance(x[part], codebook.expand(len(part), k, d), every, count, metric)
+        distance[part], indices[part] = found
+    return distance, indices
+
+
+def _topk_by_distance(
+    x: Tensor, codes: Tensor, numbers: Tensor, count: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    """The nearest of `codes` `[n, m, d]`, whose `numbers` `[n, m]` rise, in float64."""
+    a, b = x.double()[:, None], codes.double()
+    if metric == "l2":
+        distance = (a - b).square().sum(-1)
     else:
-        check_choice("kmeans", "init", init, ("random", "kmeans++"))
-        centroids = x[_initial_rows(x, k, init == "kmeans++", generator)]
-    for _ in range(iterations):
-        distance, indices = _vq_nearest(x, centroids, "l2", 1)
-        counts, sums = _vq_accumulate(x, indices, k, 1)
-        empty = counts == 0
-        centroids = torch.where(empty[:, None], centroids, sums / counts[:, None])
-        if torch.compiler.is_compiling() or empty.any():
-            farthest = distance.argsort(descending=True, stable=True)
-            place = empty.cumsum(0) - 1  # the how many-th empty one
-            moved = (empty & (place < len(x)))[:, None]
-            centroids = torch.where(moved, x[farthest[place.clamp(0, len(x) - 1)]], centroids)
-    distance, indices = _vq_nearest(x, centroids, "l2", 1)
-    return KMeansResult(centroids, indices, distance.sum())
-
-
-def _initial_rows(x: Tensor, k: int, plus_plus: bool, generator: torch.Generator | None) -> Tensor:
-    n = x.shape[0]
-    if not plus_plus:
-        rows = torch.randperm(n, generator=generator)
-        return rows.repeat(-(-k // n))[:k].to(x.device)  # all of them several times where k > n
-    chosen = torch.empty(k, dtype=torch.int64, device=x.device)
-    distance = x.new_full([n], 1.0, dtype=torch.float64)
-    uniform = torch.rand(k, generator=generator, dtype=torch.float64).to(x.device)
-    for j in range(k):
-        cumulative = distance.cumsum(0)
-        at = torch.searchsorted(cumulative, cumulative[-1:] * uniform[j], right=True)
-        chosen[j] = at[0].clamp(max=n - 1)
-        to_new, _ = _vq_nearest(x, x[chosen[j]][None], "l2", 1)
-        distance = to_new.double() if j == 0 else torch.minimum(distance, to_new)
-    return chosen
+        distance = -(a * b).sum(-1)
+        if metric == "cosine":
+            norms = a.norm(dim=-1) * b.norm(dim=-1)
+            distance = 1 + torch.where(norms > 0, distance / norms, 0.0)
+    finite = x.isfinite().all(1)[:, None]
+    distance = distance.where(codes.isfinite().all(-1) | ~finite, torch.inf)
+    distance = distance.where(finite, torch.nan)
+    distance, order = distance.sort(dim=1, stable=True)
+    return distance[:, :count].float(), numbers.gather(1, order[:, :count])

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
-from t2p_fast.reference.vq import KMeansResult, kmeans, vq_lookup, vq_nearest, vq_quantize
+from t2p_fast.reference.vq import (
+    KMeansResult,
+    kmeans,
+    vq_lookup,
+    vq_nearest,
+    vq_quantize,
+    vq_topk,
+)
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize"]
+__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]

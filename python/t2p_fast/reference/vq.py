@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize"]
+__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
 
 
 def vq_nearest(
@@ -36,6 +36,16 @@ def vq_nearest(
         indices = torch.stack([n.indices for n in nearest]).view(shape)
         distance = torch.stack([n.values for n in nearest]).view(shape)
     return (indices, distance) if return_distance else indices
+
+
+def vq_topk(
+    x: Tensor, codebook: Tensor, count: int, *, metric: str = "l2", channel_dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    rows = x.movedim(channel_dim, -1)
+    distance = torch.stack([_distances(row, codebook, metric) for row in rows.flatten(0, -2)])
+    distance, indices = distance.sort(dim=1, stable=True)
+    shape = [*rows.shape[:-1], count]
+    return distance[:, :count].reshape(shape), indices[:, :count].reshape(shape)
 
 
 def _distances(row: Tensor, codebook: Tensor, metric: str) -> Tensor:
