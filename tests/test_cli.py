@@ -3,6 +3,9 @@
 
 import json
 import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2p_fast import cli
-from tiny_models import save_pipeline
+from tiny_models import make_vqgan, save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,10 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
         assert part in captured.err
 
 
+def resolved_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def test_generate_writes_a_grid_with_metadata(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +67,8 @@ def test_generate_writes_a_grid_with_metadata(
     parameters = json.loads(image.info["t2p_fast"])
     assert parameters["prompt"] == "a red circle"
     assert (parameters["seed"], parameters["steps"], parameters["number"]) == (3, 2, 5)
+    assert (parameters["scale"], parameters["device"]) == (2, str(resolved_device()))
+    assert parameters["dtype"] == "float32"
     printed = capsys.readouterr().out
     for stage in ("imports", "load", "text", "tokens", "decode", "save", "total"):
         assert stage in printed
@@ -98,6 +107,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a", "-n", "0"], "-n: is 0"),
         (["generate", "a", "-n", "100000"], "-n: is 100000"),
         (["generate", "a", "--scale", "0"], "--scale: is 0"),
+        (["generate", "a", "-n", "1024", "--scale", "64"], "--scale: is 64, 1024 pictures of 1024"),
+        (["generate", "a \udcff"], "prompt is 'a \\udcff', expected a text of valid Unicode"),
+        (["generate", "circle " * 5000], "at most 24 are allowed"),
         (["generate", "a", "--guidance", "nan"], "guidance is nan"),
         (["generate", "a", "--seed", "-1"], "seed is -1"),
         (["generate", "a", "--device", "tpu"], "--device: is 'tpu'"),
@@ -131,6 +143,18 @@ def test_mistakes(
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_file_names_that_are_not_utf8(
+    model: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = (tmp_path / os.fsdecode(name) for name in (b"in\xff.png", b"out\xff.png"))
+    picture.write_bytes(photo.read_bytes())
+    assert run("reconstruct", picture, "-o", out, "--model", model) == 0
+    assert "out\\udcff.png: 14x10 tokens" in capsys.readouterr().out
+    assert json.loads(opened(out).info["t2p_fast"])["picture"] == "in?.png"
+    assert run("reconstruct", tmp_path / "no\udcff.png", "-o", out, "--model", model) == 2
+    assert_one_line(capsys, "no\\udcff.png: no such file")
+
+
 def test_unwritable_outputs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +168,13 @@ def test_unwritable_outputs(
     folder.mkdir()
     assert run("generate", "a", "-o", folder, "--model", model) == 2
     assert_one_line(capsys, "is a folder")
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    link = tmp_path / "link.png"
+    link.symlink_to(pipe)
+    for out in (pipe, link):
+        assert run("generate", "a", "-o", out, "--model", model) == 2
+        assert_one_line(capsys, "pipe.png is a pipe or a device, expected a file")
     # The tests may run as root, to whom nothing is forbidden.
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert run("generate", "a", "-o", tmp_path / "out.png", "--model", model) == 2
@@ -184,6 +215,26 @@ def test_damaged_pictures(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_tokenizer_of_other_channels(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_vqgan(in_channels=1, out_channels=1).save_pretrained(tmp_path / "gray" / "vqgan")
+    arguments = ("-o", tmp_path / "out.png", "--model", tmp_path / "gray")
+    assert run("reconstruct", photo, *arguments) == 2
+    assert_one_line(capsys, "reconstruct: vqgan has 1 channels in and 1 out, expected 3 and 3")
+
+
+def test_sixteen_bit_gray_is_not_white(model: Path, tmp_path: Path) -> None:
+    picture, out = tmp_path / "gray.png", tmp_path / "out.png"
+    ramp = np.linspace(0, 255, 16 * 16).reshape(16, 16)
+    results = []
+    for array in (np.rint(ramp * 257).astype(np.uint16), np.rint(ramp).astype(np.uint8)):
+        Image.fromarray(array).save(picture)
+        assert run("reconstruct", picture, "-o", out, "--model", model) == 0
+        results.append(np.asarray(opened(out)))
+    assert np.array_equal(*results)
+
+
 def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_pipeline(tmp_path / "model")
     weights = folder / "muse" / "model.safetensors"
@@ -211,6 +262,10 @@ def test_outputs_that_get_in_each_others_way(
     assert_one_line(capsys, "--tokens", "is also the file of --out")
     assert run("reconstruct", photo, "-o", out, "--tokens", "x.gif", "--model", model) == 2
     assert_one_line(capsys, "--tokens: x.gif does not end in .png")
+    before = photo.read_bytes()
+    assert run("reconstruct", photo, "-o", out, "--tokens", photo, "--model", model) == 2
+    assert_one_line(capsys, "--tokens", "is also the picture to read")
+    assert photo.read_bytes() == before
     assert not out.exists()
     (tmp_path / "file").touch()
     assert run("train", "vqgan", "--config", "warmup", "--out", tmp_path / "file") == 2
@@ -261,23 +316,103 @@ def test_bench_reads_its_own_options(
     assert seen == [["vq", "--quick", "--threads", "1", "2"]]
 
 
-def test_train_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+TINY = {
+    "model": {
+        "sample_size": 16, "block_out_channels": [8, 8, 8], "layers_per_block": 1,
+        "attn_resolutions": [], "mid_attention": False, "latent_channels": 8,
+        "num_vq_embeddings": 16, "vq_embed_dim": 4, "norm_type": "rms",
+        "encoder_kernel_size": 1, "ema_decay": 0.9,
+    },
+    "data": {"size": 16},
+    "run": {
+        "steps": 3, "batch_size": 4, "mixed_precision": "no", "log_every": 1, "save_every": 1
+    },
+    "loss": {"perceptual": 0.0, "adversarial": 0.0, "quantize_start": 1, "kmeans_pictures": 8},
+}  # fmt: skip
+
+
+def tiny_training(tmp_path: Path, *settings: str) -> list[object]:
     pytest.importorskip("accelerate")
-    tiny = {
-        "model": {
-            "sample_size": 16, "block_out_channels": [8, 8, 8], "layers_per_block": 1,
-            "attn_resolutions": [], "mid_attention": False, "latent_channels": 8,
-            "num_vq_embeddings": 16, "vq_embed_dim": 4, "norm_type": "rms",
-            "encoder_kernel_size": 1, "ema_decay": 0.9,
-        },
-        "data": {"size": 16},
-        "run": {"steps": 3, "batch_size": 4, "mixed_precision": "no", "log_every": 1},
-        "loss": {"perceptual": 0.0, "adversarial": 0.0, "quantize_start": 1, "kmeans_pictures": 8},
-    }  # fmt: skip
     config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(tiny))
-    run_folder = tmp_path / "run"
-    assert run("train", "vqgan", "--config", config, "--out", run_folder, "--device", "cpu") == 0
+    config.write_text(json.dumps(TINY))
+    options = ["--config", config, "--out", tmp_path / "run", "--device", "cpu"]
+    return ["train", "vqgan", *options, *(x for s in settings for x in ("--set", s))]
+
+
+def test_diverged_training_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("run.learning_rate=1e30", "run.gradient_clip=0", "run.warmup_steps=0")
+    assert run(*tiny_training(tmp_path, *settings)) == 2
+    assert_one_line(capsys, "training diverged at step", "lower run.learning_rate")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_training_says_how_to_go_on(
+    tmp_path: Path,
+    signal_number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = tiny_training(tmp_path)
+    trainer = pytest.importorskip("t2p_fast.training.trainer")
+    write, writes = trainer.write_safetensors, []
+
+    def interrupted(*arguments: object) -> None:
+        write(*arguments)
+        writes.append(arguments)
+        if len(writes) == 2:
+            os.kill(os.getpid(), signal_number)
+
+    with handled(signal.SIGTERM), monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_safetensors", interrupted)
+        assert run(*command) == 128 + signal_number
+    said = capsys.readouterr().err.strip()
+    place = f"step 1 of 3, saved in {tmp_path / 'run'}"
+    assert said == f"t2p-fast: stopped; the same command goes on from {place}"
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert "step 2/3" not in printed  # which was saved before the signal was looked at
+    assert "step 3/3" in printed
+
+
+@contextmanager
+def handled(number: int) -> Iterator[None]:
+    """Fails the test, and only the test, if nothing else handles a signal."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError(f"signal {number} came through")
+
+    before = signal.signal(number, fail)
+    yield
+    assert signal.signal(number, before) is fail  # and who handled it gave it back
+
+
+def test_sigterm_leaves_no_temporary_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.png"
+    out.write_bytes(b"precious")
+
+    def stopped(_: Image.Image, path: Path, *_args: object, **_options: object) -> None:
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Image.Image, "save", stopped)
+    with handled(signal.SIGTERM):
+        assert run("generate", "a", "-o", out, "--steps", 1, "--model", model) == 143
+    assert out.read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == ["out.png"]
+
+
+def test_wrong_instruction_set_is_one_line(run_python: Callable[..., str]) -> None:
+    program = "from t2p_fast import cli; cli.main(['info'])"
+    said = run_python(program, fails=True, T2P_ISA="foo")
+    assert said.startswith("t2p-fast: error: T2P_ISA=foo is not one of scalar")
+    assert said.count("\n") == 1
+
+
+def test_train_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*tiny_training(tmp_path)) == 0
+    run_folder, config = tmp_path / "run", tmp_path / "tiny.json"
     assert "finished after 3 steps" in capsys.readouterr().out
     assert (run_folder / "metrics.csv").read_text().count("\n") == 4
     muse = {

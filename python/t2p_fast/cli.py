@@ -7,9 +7,12 @@ once. Every foreseeable error is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PROCESS_START = time.perf_counter()
+
+# Of a result: 0.8 GB of memory.
+_MOST_PIXELS = 1 << 28
 
 # The base class of all mistakes on the command line; typer brings its own copy of click since 0.20
 # and does not export it.
@@ -74,6 +80,12 @@ def generate(
     imported = time.perf_counter()
     pipeline = MusePipeline.from_pretrained(model, dtype=_dtype(dtype), device=_device(device))
     loaded = time.perf_counter()
+    side = pipeline.vqgan.config.sample_size * scale
+    if number * side**2 > _MOST_PIXELS:
+        raise ValueError(
+            f"--scale: is {scale}, {number} pictures of {side}x{side} pixels, expected at most "
+            f"{_MOST_PIXELS} pixels in all"
+        )
     with _progress("drawing", steps, progress) as advance:
         result = pipeline(
             prompt,
@@ -96,7 +108,10 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "temperature": temperature,
+        "scale": scale,
         "model": model,
+        "device": str(pipeline.vqgan.device),
+        "dtype": dtype,
         "version": __version__,
     }
     _save_png(_grid(result.images, scale), out, parameters)
@@ -130,9 +145,16 @@ def reconstruct(
     _check_output(out)
     if tokens is not None:
         _check_output(tokens, option="--tokens")
-        if tokens.resolve() == out.resolve():
-            raise ValueError(f"--tokens: {tokens} is also the file of --out")
-    image = _read_picture(picture)
+        for other, what in ((out, "the file of --out"), (picture, "the picture to read")):
+            if os.path.realpath(tokens) == os.path.realpath(other):
+                raise ValueError(f"--tokens: {tokens} is also {what}")
+    from t2p_fast.data.pictures import read_picture
+
+    image = read_picture(picture)
+    if image.width < 8 or image.height < 8:
+        raise ValueError(
+            f"{picture}: is {image.width}x{image.height}, expected at least 8x8 pixels"
+        )
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -144,6 +166,7 @@ def reconstruct(
     vqgan = VQGAN.from_pretrained(
         model, subfolder="vqgan", dtype=_dtype(dtype), device=_device(device)
     )
+    vqgan.check_rgb("reconstruct")
     f = vqgan.config.downsampling_factor
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     pixels = (array.float() / 127.5 - 1).to(vqgan.device, vqgan.dtype)
@@ -154,9 +177,12 @@ def reconstruct(
     made = made[:, :, : image.height, : image.width].float().clamp(-1, 1)
     error = (made - pixels.float()).square().mean()
     result = ((made[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    _save_png(Image.fromarray(result), out, {"picture": picture.name, "model": model})
+    parameters = {
+        "picture": picture.name, "model": model, "device": str(vqgan.device), "dtype": dtype
+    }  # fmt: skip
+    _save_png(Image.fromarray(result), out, parameters)
     if tokens is not None:
-        _save_png(_token_map(indices[0].cpu().numpy(), f), tokens, {"picture": picture.name})
+        _save_png(_token_map(indices[0].cpu().numpy(), f), tokens, parameters)
     different = len(torch.unique(indices))
     typer.echo(
         f"{out}: {indices.shape[2]}x{indices.shape[1]} tokens, {different} different, "
@@ -263,7 +289,14 @@ def _train(kind: str, config: str, out: Path, overrides: list[str] | None, devic
 
     with _progress(f"training {kind}", settings.run.steps, True) as advance:
         trainer = Trainer(task, out, cpu=cpu, report=typer.echo, on_step=advance)
-        folder = trainer.train()
+        try:
+            folder = trainer.train()
+        except (KeyboardInterrupt, SystemExit):
+            if trainer.accelerator.is_main_process:
+                step, steps = trainer.saved_step, settings.run.steps
+                saved = f"step {step} of {steps}, saved in {out}" if step else "the beginning"
+                typer.echo(f"t2p-fast: stopped; the same command goes on from {saved}", err=True)
+            raise
     typer.echo(f"{folder}: finished after {settings.run.steps} steps")
 
 
@@ -276,10 +309,13 @@ def _check_output(path: Path, *, option: str = "--out", make_parent: bool = Fals
     """Refuses an output that cannot be written before any work is done for it."""
     if path.suffix.lower() != ".png" and not make_parent:
         raise ValueError(f"{option}: {path} does not end in .png")
+    path = Path(os.path.realpath(path))
     if make_parent:
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder, expected a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option}: {path} is a pipe or a device, expected a file")
     if not path.parent.is_dir():
         raise ValueError(f"{option}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -315,28 +351,15 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _read_picture(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
-    if image.width < 8 or image.height < 8:
-        raise ValueError(f"{path}: is {image.width}x{image.height}, expected at least 8x8 pixels")
-    return image
-
-
 def _save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     from t2p_fast.checkpoints import write_atomically
 
     metadata = PngInfo()
-    metadata.add_itxt("t2p_fast", json.dumps(parameters, ensure_ascii=False))
+    # File names may be bytes that are not UTF-8.
+    text = json.dumps(parameters, ensure_ascii=False).encode("utf-8", "replace").decode()
+    metadata.add_itxt("t2p_fast", text)
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=metadata))
 
 
@@ -382,18 +405,46 @@ def _progress(what: str, total: int, enabled: bool) -> Iterator[Callable[[], Non
         yield lambda: bar.advance(task)
 
 
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Lets SIGTERM end the process as Ctrl-C does, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone sees signals
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``t2p-fast``."""
     if arguments is None:
         arguments = sys.argv[1:]
+    # What a terminal cannot show, such as the name of a file, must not end a command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=arguments or ["--help"], standalone_mode=False)
+        with _orderly_end():
+            code = app(args=arguments or ["--help"], standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except _UsageError as error:
         code = _fail(error.format_message())
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, FloatingPointError) as error:
         code = _fail(str(error) or type(error).__name__)
+    except ImportError as error:
+        # The compiled module refuses what the environment asks of it when it is imported.
+        if "T2P_" not in str(error):
+            raise
+        code = _fail(str(error))
     except RuntimeError as error:
         # torch says it in several ways, and which class it raises depends on the device.
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):

@@ -130,6 +130,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
         (b'{"a": 1', "not a readable JSON file"),
         (b"", "not a readable JSON file"),
         (b"\xff\xfe\x00", "not a readable JSON file"),
+        (b"[" * 100_000, "not a readable JSON file"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not a readable JSON file"),
         (b"[1, 2]", "expected a JSON object, got list"),
     ],
 )
@@ -182,3 +184,55 @@ def test_something_else_than_safetensors(tmp_path: Path) -> None:
     path.write_text(json.dumps({"a": 1}) * 100)
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         read_safetensors(path)
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "real" / "a.json")
+    for value in ({"a": 1}, {"a": 2}):  # a link to nothing yet, and to a file
+        write_json(link, value)
+        assert link.is_symlink()
+        assert read_json(tmp_path / "real" / "a.json") == value
+    assert os.listdir(tmp_path / "real") == ["a.json"]
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.json"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"pipe\.json: is a pipe or a device, expected a file"):
+        write_json(path, {})
+    assert os.listdir(tmp_path) == ["pipe.json"]
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".png", "a." + "x" * 252, "ü" * 127])
+def test_the_longest_names(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, lambda temporary: temporary.write_text("new"))
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_temporary_files_of_killed_writers_are_removed(
+    tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    path = tmp_path / "a.txt"
+    program = f"""
+import os, signal
+from t2p_fast.checkpoints import write_atomically
+def write(temporary):
+    temporary.write_text("half of the ne")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomically({str(path)!r}, write)
+"""
+    run_python(program, fails=True)
+    assert len(os.listdir(tmp_path)) == 1
+    (tmp_path / ".b.txt.abcdefgh.txt").write_text("of another file")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("new")
+        # One writer amid another's work leaves it alone.
+        write_atomically(path, lambda other: other.write_text("newer"))
+        assert temporary.exists()
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == [".b.txt.abcdefgh.txt", "a.txt"]

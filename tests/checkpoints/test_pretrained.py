@@ -10,13 +10,13 @@ from torch import nn
 from t2p_fast.checkpoints import (
     CheckpointError,
     PretrainedModel,
+    config_from_dict,
     read_json,
     read_safetensors,
     resolve_folder,
     write_json,
     write_safetensors,
 )
-from t2p_fast.checkpoints.pretrained import config_from_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,42 @@ def test_tensors_that_do_not_fit(saved: Path) -> None:
         CheckpointError, match=prefix + r"linear\.weight is \[3, 3\], expected \[2, 3\]"
     ):
         Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8]
+)
+def test_weights_of_another_kind_of_number(saved: Path, dtype: torch.dtype) -> None:
+    path = saved / "model.safetensors"
+    whole = read_safetensors(path)
+    write_safetensors(path, {**whole, "linear.weight": torch.zeros(2, 3).to(dtype)})
+    with pytest.raises(
+        CheckpointError, match=rf"linear\.weight is {dtype}, expected torch\.float32"
+    ):
+        Toy.from_pretrained(saved)
+    write_safetensors(path, {**whole, "steps": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"steps is torch\.float32, expected torch\.int64"):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite(saved: Path, value: float, dtype: torch.dtype) -> None:
+    path = saved / "model.safetensors"
+    broken = torch.zeros(2, dtype=dtype)
+    broken[1] = value
+    write_safetensors(path, {**read_safetensors(path), "linear.bias": broken})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: linear\.bias holds NaN or inf"):
+        Toy.from_pretrained(saved)
+
+
+def test_dtype_and_device_that_cannot_be(saved: Path) -> None:
+    for dtype in (torch.int64, "float16"):
+        with pytest.raises(TypeError, match=r"from_pretrained: dtype is .*, expected such as"):
+            Toy.from_pretrained(saved, dtype=dtype)  # type: ignore[arg-type]
+    for device in ("tpu", f"cuda:{torch.cuda.device_count()}"):
+        with pytest.raises(RuntimeError, match=rf"from_pretrained: device is '{device}', which"):
+            Toy.from_pretrained(saved, device=device)
 
 
 def test_damaged_files(saved: Path) -> None:

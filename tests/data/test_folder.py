@@ -33,6 +33,9 @@ def test_pictures_are_cropped_and_resized(tmp_path: Path) -> None:
     [
         (["{"], "line 1 is not an object with file_name and text"),
         ([json.dumps({"file_name": "a.png"})], "line 1 is not an object"),
+        (["[" * 100_000], "line 1 is not an object"),
+        (['{"file_name": "a.png", "text": ' + "1" * 5000 + "}"], "line 1 is not an object"),
+        (['{"file_name": "a.png", "text": "\\ud800"}'], "line 1 is not an object"),
         ([""], "names no pictures"),
     ],
 )

@@ -23,6 +23,7 @@ from t2p_fast.data.scenes import (
     SceneObject,
     Split,
     Vocabulary,
+    content,
     relation_holds,
     relation_holds_at,
     render,
@@ -34,11 +35,6 @@ from t2p_fast.data.scenes import (
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 places = st.tuples(st.integers(0, 64), st.integers(0, 64), st.sampled_from(sorted(RADII.values())))
-
-
-def _content(scene: Scene) -> object:
-    objects = tuple((o.shape, o.color, o.size, o.texture) for o in scene.objects)
-    return objects, scene.background, tuple(r.relation for r in scene.relations)
 
 
 @pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))
@@ -76,10 +72,10 @@ def test_no_content_is_in_two_splits(vocabulary: str) -> None:
     seen: set[object] = set()
     for split, count in (("train", 1000), ("validation", 150), ("test", 150)):
         dataset = SceneDataset(vocabulary, split=split, size=16)  # type: ignore[arg-type]
-        content = {_content(dataset[i].scene) for i in range(count)}
-        assert content
-        assert not content & seen
-        seen |= content
+        mine = {content(dataset[i].scene) for i in range(count)}
+        assert mine
+        assert not mine & seen
+        seen |= mine
 
 
 def test_single_objects_are_as_frequent_in_every_split() -> None:
@@ -87,7 +83,7 @@ def test_single_objects_are_as_frequent_in_every_split() -> None:
         dataset = SceneDataset("basic", split=split, size=16)
         single = [i for i in range(300) if len(dataset[i].scene.objects) == 1]
         assert 110 < len(single) < 190, split
-        assert split == "validation" or len({_content(dataset[i].scene) for i in single}) >= 8
+        assert split == "validation" or len({content(dataset[i].scene) for i in single}) >= 8
 
 
 @pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))

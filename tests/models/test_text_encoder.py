@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text encoder and its tokenizer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from t2p_fast.checkpoints import CheckpointError
 from t2p_fast.models.text_encoder import (
@@ -84,6 +87,9 @@ def test_too_long_prompt_is_named(encoder: TextTransformer) -> None:
         ValueError, match=rf"the prompt '{long}' has \d+ tokens, at most 24 are allowed"
     ):
         encoder.encode(["a red circle", long])
+    with pytest.raises(ValueError, match="at most 24 are allowed") as caught:
+        encoder.encode(["x" * 10_000])
+    assert len(str(caught.value)) < 200
 
 
 def test_without_a_tokenizer() -> None:
@@ -93,9 +99,10 @@ def test_without_a_tokenizer() -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    for heads in (0, 3):
-        with pytest.raises(ValueError, match="hidden_size is 16, expected a multiple of num_heads"):
-            TextTransformerConfig(hidden_size=16, num_heads=heads)
+    with pytest.raises(ValueError, match="hidden_size is 16, expected a multiple of num_heads, 3"):
+        TextTransformerConfig(hidden_size=16, num_heads=3)
+    with pytest.raises(ValueError, match=r"num_heads is 0, expected within \[1, 256\]"):
+        TextTransformerConfig(hidden_size=16, num_heads=0)
 
 
 def test_protocol(encoder: TextTransformer) -> None:
@@ -133,4 +140,34 @@ def test_damaged_tokenizer(encoder: TextTransformer, tmp_path: Path) -> None:
         TextTransformer.from_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
+        TextTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"post_processor": None}, r"makes 0 tokens of an empty prompt, expected 1 to 24"),
+        ({"added": 9999}, r"has 10000 tokens, but the model has 280"),
+        ({"padding": 30}, r"makes 30 tokens of an empty prompt"),
+    ],
+)
+def test_tokenizer_that_does_not_fit(
+    encoder: TextTransformer, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    encoder.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if "added" in change:
+        content["added_tokens"][1]["id"] = change["added"]
+        content["model"]["vocab"]["[END]"] = change["added"]
+        content["post_processor"]["special_tokens"]["[END]"]["ids"] = [change["added"]]
+    elif "padding" in change:
+        assert encoder.tokenizer is not None
+        padded = Tokenizer.from_str(encoder.tokenizer.to_str())
+        padded.enable_padding(length=change["padding"])
+        content = json.loads(padded.to_str())
+    else:
+        content |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {message}"):
         TextTransformer.from_pretrained(tmp_path)

@@ -159,10 +159,16 @@ def test_errors() -> None:
         ({"encoder_kernel_size": 5}, "encoder_kernel_size is 5, expected 1 or 3"),
         ({"norm_type": "batch"}, "norm_type is 'batch', expected 'group' or 'rms'"),
         ({"sample_size": 18}, "sample_size is 18, expected a multiple of the downsampling factor"),
-        ({"block_out_channels": ()}, "block_out_channels is empty"),
+        ({"block_out_channels": ()}, r"block_out_channels is \(\), expected one to ten numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             vqgan_config(**changes)
+    for changes in ({"in_channels": 1}, {"out_channels": 4}):
+        with pytest.raises(
+            ValueError, match=r"^op: vqgan has \d channels in and \d out, expected 3"
+        ):
+            make_vqgan(**changes).check_rgb("op")
+    vqgan.check_rgb("op")
 
 
 # Receptive field of the decoder at one halving: 9 tokens of convolutions at the resolution of the

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import t2p_fast
 from t2p_fast.checkpoints import CheckpointError
@@ -92,12 +93,50 @@ def test_on_step_sees_every_round(pipeline: MusePipeline) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool)}, "image and mask go together"),
         ({"prompt": "circle " * 40}, "at most 24"),
+        ({"prompt": "a red \ud800 circle"}, "prompt is .*, expected a text of valid Unicode"),
+        ({"negative_prompt": "\udcff"}, "negative_prompt is .*, expected a text of valid Unicode"),
+        ({"seed": 1 << 62}, r"seed is \d+, expected less than"),
     ],
 )
 def test_errors(pipeline: MusePipeline, options: dict[str, object], message: str) -> None:
     arguments = {"prompt": "a red circle", **options}
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 5),
+        ("prompt", ["a", None]),
+        ("prompt", b"a red circle"),
+        ("negative_prompt", None),
+        ("negative_prompt", ["a", "b"]),
+        ("num_images", 1.5),
+        ("steps", "4"),
+        ("steps", True),
+        ("guidance", "1"),
+        ("temperature", None),
+        ("seed", 1.5),
+        ("image", "x.png"),
+        ("image", np.zeros((16, 16, 3), np.uint8)),
+        ("mask", "all"),
+    ],
+)
+def test_arguments_of_wrong_types(pipeline: MusePipeline, name: str, value: object) -> None:
+    given = {
+        "image": Image.new("RGB", (16, 16)),
+        "mask": torch.ones(4, 4, dtype=torch.bool),
+    }
+    arguments = {"prompt": "a", **given, name: value}
+    with pytest.raises(TypeError, match=rf"^MusePipeline: {name} is .*, expected "):
+        pipeline(**arguments)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(pipeline: MusePipeline) -> None:
+    options = {"steps": np.int64(2), "seed": np.int32(3), "guidance": np.float32(1)}
+    result = pipeline("a red circle", **options)  # type: ignore[arg-type]
+    assert torch.equal(result.tokens, pipeline("a red circle", steps=2, seed=3).tokens)
 
 
 def test_wrong_mask_and_picture(pipeline: MusePipeline) -> None:
@@ -113,6 +152,16 @@ def test_models_must_fit() -> None:
         MusePipeline(make_text_encoder(), make_muse(), make_vqgan(num_vq_embeddings=32))
     with pytest.raises(ValueError, match="embeddings of 16, but muse takes 8"):
         MusePipeline(make_text_encoder(), make_muse(text_embed_dim=8), make_vqgan())
+    with pytest.raises(ValueError, match="MusePipeline: vqgan has 1 channels in and 1 out"):
+        MusePipeline(make_text_encoder(), make_muse(), make_vqgan(in_channels=1, out_channels=1))
+
+
+def test_device_that_cannot_be(pipeline: MusePipeline) -> None:
+    device = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(RuntimeError, match=rf"MusePipeline: device is '{device}', which torch"):
+        pipeline.to(device)
+    with pytest.raises(RuntimeError, match=rf"from_pretrained: device is '{device}', which torch"):
+        MusePipeline.from_pretrained(device=device)
 
 
 def test_from_pretrained(tmp_path: Path, pipeline: MusePipeline) -> None:

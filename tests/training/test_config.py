@@ -58,13 +58,15 @@ def test_overrides_are_json_or_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "expected a JSON object of sections"),
+        ("[1]", "expected a JSON object, got list"),
         ('{"run": 3}', "expected a JSON object of sections"),
         ('{"run": {"steps": 5}', "not a readable JSON file"),
         ('{"rum": {}}', "unknown section 'rum', known are model, data, run, loss"),
         ('{"run": {"step": 5}}', "run: unknown option 'step' for RunConfig"),
         ('{"run": {"steps": "many"}}', "run: steps is 'many', expected int"),
-        ('{"run": {"steps": 0}}', r"run\.steps is 0, expected at least 1"),
+        ('{"run": {"steps": 0}}', r"run\.steps is 0, expected within \[1, 1e9\]"),
+        ('{"run": {"steps": ' + "9" * 5000 + "}}", "not a readable JSON file"),
+        ("[" * 100_000, "not a readable JSON file"),
         ('{"run": {"mixed_precision": "fp8"}}', r"run\.mixed_precision is 'fp8'"),
         ('{"run": {"betas": [0.9]}}', r"run: betas is \(0\.9,\), expected tuple\[float, float\]"),
         ('{"model": {"sample_size": 100}}', "model: .*expected a multiple of"),
@@ -90,8 +92,46 @@ def test_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
         load_config("muse", tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("name", ["batch_size", "log_every", "save_every", "sample_every"])
-def test_counts_are_at_least_one(name: str) -> None:
-    changes: dict[str, Any] = {name: 0}
-    with pytest.raises(ValueError, match=rf"run\.{name} is 0, expected at least 1"):
-        load_config("vqgan", "warmup", [f"run.{k}={v}" for k, v in changes.items()])
+@pytest.mark.parametrize(
+    ("kind", "section", "option", "wrong"),
+    [
+        ("vqgan", "run", "batch_size", [0, 65537]),
+        ("vqgan", "run", "log_every", [0]),
+        ("vqgan", "run", "save_every", [0]),
+        ("vqgan", "run", "sample_every", [0]),
+        ("vqgan", "run", "seed", [-1, 2**31]),
+        ("vqgan", "run", "learning_rate", [0, -1, "NaN", "Infinity"]),
+        ("vqgan", "run", "gradient_clip", [-1, "NaN", "Infinity"]),
+        ("vqgan", "run", "ema_decay", [-0.1, 1, "NaN"]),
+        ("vqgan", "run", "betas", [[0.9, 1]]),
+        ("vqgan", "data", "leaves", [-0.1, 1.1, "NaN"]),
+        ("vqgan", "data", "size", [8, 8192]),
+        ("vqgan", "loss", "l1", [-1, "NaN", "Infinity"]),
+        ("vqgan", "loss", "kmeans_pictures", [0]),
+        ("vqgan", "model", "layers_per_block", [0, 10**9]),
+        ("vqgan", "model", "block_out_channels", [[0], [10**9], [8] * 11, []]),
+        ("vqgan", "model", "in_channels", [0]),
+        ("vqgan", "model", "ema_decay", [1.0, "NaN"]),
+        ("vqgan", "model", "commitment_weight", ["NaN"]),
+        ("muse", "model", "num_layers", [0, 10**9]),
+        ("muse", "model", "token_grid", [0, 10**6]),
+        ("muse", "text", "num_layers", [0, 10**9]),
+        ("muse", "text", "max_length", [0]),
+        ("muse", "loss", "text_drop", [-0.1, 1.1, "NaN"]),
+        ("muse", "loss", "label_smoothing", [-0.1, 1, "NaN"]),
+        ("features", "model", "channels", [[], [0], [12], [10**9]]),
+        ("features", "model", "num_labels", [0]),
+    ],
+)
+def test_numbers_have_a_range(kind: str, section: str, option: str, wrong: list[Any]) -> None:
+    for value in wrong:
+        text = value if isinstance(value, str) else json.dumps(value)
+        with pytest.raises(ValueError, match=rf"{section}: .*\b{option} is .*, expected"):
+            load_config(kind, "embedded", [f"{section}.{option}={text}"])
+
+
+def test_absurd_values_are_not_echoed_whole() -> None:
+    for text in ("9" * 5000, "[" * 100_000, json.dumps("x" * 5000)):
+        with pytest.raises(ValueError, match=r"steps is '.*', expected int") as caught:
+            load_config("vqgan", "warmup", [f"run.steps={text}"])
+        assert len(str(caught.value)) < 300

@@ -148,6 +148,12 @@ def test_a_folder_of_few_pictures(tmp_path: Path) -> None:
     assert VQGAN.from_pretrained(folder).config == config.model
     with Image.open(out / "samples" / "0000004.png") as sheet:
         assert sheet.size == (8 * 16 * 2, 6 * 16 * 2)
+    (tmp_path / "red.png").write_bytes(b"no picture")
+    for workers in (0, 1):
+        run = dataclasses.replace(config.run, num_workers=workers)
+        task = VQGANTask(dataclasses.replace(config, run=run))
+        with pytest.raises(ValueError, match=r"^[^\n]*/red\.png: not a readable picture[^\n]*$"):
+            Trainer(task, tmp_path / "bad", cpu=True, report=lambda _: None).train()
     missing = dataclasses.replace(config, data=DataConfig(source=str(tmp_path / "none")))
     with pytest.raises(ValueError, match=r"none/metadata\.jsonl: not a readable file"):
         VQGANTask(missing)

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 pytest.importorskip("accelerate")
 
-from t2p_fast.checkpoints import CheckpointError, read_safetensors
+from t2p_fast.checkpoints import CheckpointError, read_safetensors, write_safetensors
 from t2p_fast.models.muse import MuseConfig
 from t2p_fast.models.text_encoder import TextTransformerConfig
+from t2p_fast.models.vqgan import VQGAN
 from t2p_fast.training.config import (
     DataConfig,
     MuseLossConfig,
@@ -29,7 +32,7 @@ from t2p_fast.training.config import (
     load_config,
 )
 from t2p_fast.training.muse import MuseTask
-from t2p_fast.training.trainer import StepBatches, Task, Trainer, learning_rate
+from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
 from tiny_models import make_vqgan, vqgan_config
 
@@ -161,6 +164,90 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(CheckpointError, match="not a readable training state"):
         quiet(VQGANTask(vqgan_training()), tmp_path).train()
+
+
+class _Diverging(VQGANTask):
+    """Goes wrong in step 5 of 6: in what it logs, or in the weights alone."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(vqgan_training())
+        self.where = where
+
+    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:
+        logs = super().step(batch, step, trainer)
+        if step == 4 and self.where == "loss":
+            logs["loss"] = logs["loss"] * torch.nan
+        if step == 5 and self.where == "weight":
+            with torch.no_grad():
+                trainer.unwrap("vqgan").get_parameter("decoder.conv_in.bias")[0] = torch.inf
+        return logs
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("loss", "training diverged at step 5: loss is nan; the state of step 4 is kept"),
+        ("weight", r"step 6: module/vqgan/decoder\.conv_in\.bias holds NaN .*step 4 is kept"),
+    ],
+)
+def test_diverged_training_keeps_the_last_good_state(
+    tmp_path: Path, where: str, message: str
+) -> None:
+    with pytest.raises(DivergedError, match=message):
+        quiet(_Diverging(where), tmp_path).train()
+    assert not (tmp_path / "model").exists()
+    trainer = quiet(VQGANTask(vqgan_training()), tmp_path)
+    assert trainer._resume() == trainer.saved_step == 4
+    trainer.train()
+
+
+def test_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    quiet(VQGANTask(vqgan_training()), tmp_path).train(stop_at=1)
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    broken = {"module/vqgan/decoder.conv_in.bias": torch.full((8,), torch.nan)}
+    write_safetensors(path, {**read_safetensors(path), **broken}, metadata)
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: module/.*bias holds NaN"):
+        quiet(VQGANTask(vqgan_training()), tmp_path).train()
+
+
+def test_shorter_run_than_the_one_there_is_refused(tmp_path: Path) -> None:
+    quiet(VQGANTask(vqgan_training(steps=3)), tmp_path).train()
+    quiet(VQGANTask(vqgan_training(steps=3)), tmp_path).train()  # finished is finished
+    with pytest.raises(CheckpointError, match=r"is of step 3, beyond run\.steps, 2; expected at"):
+        quiet(VQGANTask(vqgan_training(steps=2)), tmp_path).train()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"loss\n0.5\n", b"step,loss\nx,0.5\n", b"step,loss\n1,\xff\n", b"step\n1,2,3\n", b"\xff"],
+)
+def test_damaged_metrics_are_refused(tmp_path: Path, content: bytes) -> None:
+    quiet(VQGANTask(vqgan_training()), tmp_path).train(stop_at=1)
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"metrics\.csv: not a readable log of metrics"):
+        quiet(VQGANTask(vqgan_training()), tmp_path).train(stop_at=2)
+
+
+def test_starting_from_the_embedded_tokenizer() -> None:
+    config = load_config("vqgan", "embedded", ["loss.initialize_from=embedded"])
+    task = VQGANTask(config)
+    source = VQGAN.from_pretrained("embedded", subfolder="vqgan")
+    model = task.modules["vqgan"]
+    assert torch.equal(
+        model.get_parameter("decoder.conv_in.weight"),
+        source.get_parameter("decoder.conv_in.weight"),
+    )
+
+
+def test_models_of_other_than_three_channels_are_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(vqgan_training(), model=vqgan_config(in_channels=1))
+    with pytest.raises(ValueError, match="train vqgan: vqgan has 1 channels in and 3 out"):
+        VQGANTask(config)
+    make_vqgan(out_channels=1).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="train muse: vqgan has 3 channels in and 1 out"):
+        MuseTask(muse_training(tmp_path))
 
 
 def test_learning_rate() -> None:

@@ -8,18 +8,18 @@ old ``config.json`` before it writes the weights, so a failed save would lose th
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from t2p_fast.checkpoints.configs import config_from_dict
 from t2p_fast.checkpoints.files import (
     CheckpointError,
+    check_finite,
     read_json,
     read_safetensors,
     write_json,
@@ -125,7 +125,12 @@ class PretrainedModel(nn.Module):
 
         Raises:
             CheckpointError: if files are missing, damaged, or belong to another model.
+            TypeError: if ``dtype`` is not a floating-point type.
+            RuntimeError: if torch cannot use ``device``.
         """
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"from_pretrained: dtype is {dtype!r}, expected such as torch.float32")
+        device = check_device("from_pretrained", device)
         folder = resolve_folder(name, revision=revision) / subfolder
         config = cls.read_config(folder)
         state = read_safetensors(folder / WEIGHTS_NAME)
@@ -136,17 +141,7 @@ class PretrainedModel(nn.Module):
             raise CheckpointError(
                 f"{folder / CONFIG_NAME}: does not describe a {cls.__name__} ({error})"
             ) from error
-        expected = model.state_dict()
-        for key in sorted(expected.keys() | state.keys()):
-            what = f"{folder / WEIGHTS_NAME}: does not fit {cls.__name__}: "
-            if key not in state:
-                raise CheckpointError(f"{what}{key} is missing")
-            if key not in expected:
-                raise CheckpointError(f"{what}{key} is not one of its tensors")
-            if state[key].shape != expected[key].shape:
-                raise CheckpointError(
-                    f"{what}{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
-                )
+        _check_fit(f"{folder / WEIGHTS_NAME}: ", cls.__name__, state, model.state_dict())
         # Assigning in place of copying halves the time and the memory of loading.
         model.load_state_dict(state, assign=True)
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
@@ -162,44 +157,42 @@ class PretrainedModel(nn.Module):
         return config_from_dict(cls.config_class, values, str(path))
 
 
-def config_from_dict(config_class: type[Any], values: dict[str, Any], source: str) -> Any:
-    """Builds a config dataclass, with lists as tuples and unknown names refused."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise CheckpointError(
-            f"{source}: unknown option {unknown[0]!r} for {config_class.__name__}, "
-            f"known are {', '.join(sorted(known))}"
-        )
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    hints = typing.get_type_hints(config_class)
-    for option, value in frozen.items():
-        if not _fits(value, hints[option]):
-            expected = getattr(hints[option], "__name__", None)
-            if typing.get_origin(hints[option]) is not None or expected is None:
-                expected = str(hints[option]).replace("typing.", "")
-            raise CheckpointError(f"{source}: {option} is {value!r}, expected {expected}")
+def check_device(op: str, device: str | torch.device) -> torch.device:
+    """``device`` as torch names it, if torch can use it on this machine.
+
+    Raises:
+        RuntimeError: if not, with torch's own words.
+    """
     try:
-        return config_class(**frozen)
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # built without CUDA
+        raise RuntimeError(
+            f"{op}: device is {str(device)!r}, which torch cannot use here "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return checked
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value``, as read from JSON, may stand where ``hint`` is asked for."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if arguments[-1] is Ellipsis:
-            return all(_fits(item, arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+def _check_fit(
+    source: str, name: str, state: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """Raises CheckpointError unless the tensors that were read are those of the model."""
+    what = f"{source}does not fit {name}: "
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state:
+            raise CheckpointError(f"{what}{key} is missing")
+        if key not in expected:
+            raise CheckpointError(f"{what}{key} is not one of its tensors")
+        mine, theirs = expected[key], state[key]
+        if theirs.shape != mine.shape:
+            raise CheckpointError(
+                f"{what}{key} is {list(theirs.shape)}, expected {list(mine.shape)}"
+            )
+        # Any floating-point type of 16 bits or more may stand for another; nothing else may.
+        fits = theirs.dtype == mine.dtype or (
+            theirs.is_floating_point() and mine.is_floating_point() and theirs.itemsize > 1
+        )
+        if not fits:
+            raise CheckpointError(f"{what}{key} is {theirs.dtype}, expected {mine.dtype}")
+    check_finite(source, state)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+
+from t2p_fast.data.pictures import read_picture
 
 
 class FolderSample(NamedTuple):
@@ -47,7 +49,8 @@ class CaptionedFolder:
                 name, caption = entry["file_name"], entry["text"]
                 if not (isinstance(name, str) and isinstance(caption, str)):
                     raise TypeError("not two strings")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                caption.encode()  # half of a surrogate pair is a string, but no text
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}: line {number} is not an object with file_name and text"
                 ) from error
@@ -60,12 +63,7 @@ class CaptionedFolder:
 
     def __getitem__(self, index: int) -> FolderSample:
         name, caption = self.entries[index]
-        path = self.folder / name
-        try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable picture ({error})") from error
+        image = read_picture(self.folder / name)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.resize(

@@ -351,12 +351,16 @@ def _is_valid(objects: tuple[SceneObject, ...], relations: tuple[RelationClaim, 
     return True
 
 
+def content(scene: Scene) -> str:
+    """What a scene shows, all but where its objects stand."""
+    objects = [(o.shape, o.color, o.size, o.texture) for o in scene.objects]
+    return repr((objects, scene.background, [r.relation for r in scene.relations]))
+
+
 def split_of(scene: Scene) -> Split:
     """The split that a scene belongs to, wherever its objects stand."""
-    content = [(o.shape, o.color, o.size, o.texture) for o in scene.objects]
-    text = repr((content, scene.background, [r.relation for r in scene.relations]))
     test, validation = _SPLIT_BOUNDS.get(len(scene.objects), _DEFAULT_SPLIT_BOUNDS)
-    hashed = zlib.crc32(text.encode()) % 16
+    hashed = zlib.crc32(content(scene).encode()) % 16
     return "test" if hashed < test else "validation" if hashed < validation else "train"
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2p_fast.checkpoints import PretrainedModel
+from t2p_fast.checkpoints import PretrainedModel, check_numbers, shown
+
+_GROUPS = 8  # of the normalisation
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class FeatureEncoderConfig:
 
     channels: tuple[int, ...] = (24, 48, 96, 128)
     num_labels: int = 104
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, "FeatureEncoderConfig: ", channels="[1, 16384]", num_labels="[1, 65536]"
+        )
+        if not 1 <= len(self.channels) <= 10 or any(c % _GROUPS for c in self.channels):
+            raise ValueError(
+                f"FeatureEncoderConfig: channels is {shown(self.channels)}, expected one to ten "
+                f"multiples of {_GROUPS}"
+            )
 
 
 class FeatureEncoder(PretrainedModel):
@@ -37,10 +49,10 @@ class FeatureEncoder(PretrainedModel):
             self.stages.append(
                 nn.Sequential(
                     nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-                    nn.GroupNorm(8, outputs),
+                    nn.GroupNorm(_GROUPS, outputs),
                     nn.SiLU(),
                     nn.Conv2d(outputs, outputs, 3, padding=1),
-                    nn.GroupNorm(8, outputs),
+                    nn.GroupNorm(_GROUPS, outputs),
                     nn.SiLU(),
                 )
             )

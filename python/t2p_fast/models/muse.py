@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2p_fast.checkpoints import PretrainedModel
+from t2p_fast.checkpoints import PretrainedModel, check_numbers
 from t2p_fast.models.text_encoder import TextEncoding
 
 
@@ -43,10 +43,15 @@ class MuseConfig:
     text_embed_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
+        check_numbers(
+            self, "MuseConfig: ", vocab_size="[1, 1048576]", codebook_dim="[0, 16384]",
+            token_grid="[1, 256]", hidden_size="[1, 16384]", num_layers="[1, 256]",
+            num_heads="[1, 256]", mlp_ratio="[1, 64]", text_embed_dim="[1, 16384]",
+        )  # fmt: skip
+        if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"MuseConfig: hidden_size is {self.hidden_size}, expected a multiple of "
-                f"num_heads, {self.num_heads}, which is at least 1"
+                f"num_heads, {self.num_heads}"
             )
 
     @property
@@ -103,22 +108,21 @@ class RelativeBias(nn.Module):
 
 def _first_bias(grid: int, num_heads: int, layer: int) -> Tensor:
     """The bias before training, ``[heads, (2 grid - 1) ** 2]``."""
-    # On the CPU even when a model is laid out without memory: arithmetic on the meta device would
-    # import the compiler.
-    with torch.device("cpu"):
-        span = torch.arange(1 - grid, grid)
-        offsets = torch.cartesian_prod(span, span)
-        # Beside and above in even layers, diagonal in odd ones.
-        neighbours = torch.tensor(
-            [(0, 1), (0, -1), (1, 0), (-1, 0)]
-            if layer % 2 == 0
-            else [(1, 1), (1, -1), (-1, 1), (-1, -1)]
-        )
-        bias = torch.zeros(num_heads, len(offsets))
-        for head in range(num_heads // 2):
-            distance = (offsets - neighbours[head % 4]).square().sum(1)
-            bias[head] = -1.5 * distance.clamp_max(6)
-    return bias.to(torch.get_default_device())
+    bias = torch.zeros(num_heads, (2 * grid - 1) ** 2)
+    if bias.is_meta:  # laid out without memory; arithmetic there would import the compiler
+        return bias
+    span = torch.arange(1 - grid, grid)
+    offsets = torch.cartesian_prod(span, span)
+    # Beside and above in even layers, diagonal in odd ones.
+    neighbours = torch.tensor(
+        [(0, 1), (0, -1), (1, 0), (-1, 0)]
+        if layer % 2 == 0
+        else [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+    )
+    for head in range(num_heads // 2):
+        distance = (offsets - neighbours[head % 4]).square().sum(1)
+        bias[head] = -1.5 * distance.clamp_max(6)
+    return bias
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from t2p_fast.checkpoints import CheckpointError, PretrainedModel, resolve_folder, write_atomically
+from t2p_fast.checkpoints import (
+    CheckpointError,
+    PretrainedModel,
+    check_numbers,
+    resolve_folder,
+    shown,
+    write_atomically,
+)
 
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -51,7 +58,11 @@ class TextTransformerConfig:
     num_heads: int = 4
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
+        check_numbers(
+            self, "TextTransformerConfig: ", vocab_size="[1, 1048576]", max_length="[1, 65536]",
+            hidden_size="[1, 16384]", num_layers="[1, 256]", num_heads="[1, 256]",
+        )  # fmt: skip
+        if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"TextTransformerConfig: hidden_size is {self.hidden_size}, expected a multiple of "
                 f"num_heads, {self.num_heads}"
@@ -95,7 +106,7 @@ class TextTransformer(PretrainedModel):
         if length > self.config.max_length:
             long = max(zip(encodings, prompts, strict=True), key=lambda pair: len(pair[0].ids))[1]
             raise ValueError(
-                f"TextTransformer: the prompt {long!r} has {length} tokens, at most "
+                f"TextTransformer: the prompt {shown(long)} has {length} tokens, at most "
                 f"{self.config.max_length} are allowed"
             )
         ids = torch.zeros(len(encodings), length, dtype=torch.int64)
@@ -140,14 +151,21 @@ class TextTransformer(PretrainedModel):
         model = super().from_pretrained(folder, subfolder=subfolder, dtype=dtype, device=device)
         path = folder / subfolder / TOKENIZER_NAME
         try:
-            model.tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
+            empty = tokenizer.encode("").ids
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
-        if model.tokenizer.get_vocab_size() > model.config.vocab_size:
+        size = 1 + max([*tokenizer.get_vocab().values(), *empty], default=0)
+        if size > model.config.vocab_size:
             raise CheckpointError(
-                f"{path}: has {model.tokenizer.get_vocab_size()} tokens, but the model has "
-                f"{model.config.vocab_size}"
+                f"{path}: has {size} tokens, but the model has {model.config.vocab_size}"
             )
+        if not 1 <= len(empty) <= model.config.max_length:
+            raise CheckpointError(
+                f"{path}: makes {len(empty)} tokens of an empty prompt, expected 1 to "
+                f"{model.config.max_length}"
+            )
+        model.tokenizer = tokenizer
         return model
 
 

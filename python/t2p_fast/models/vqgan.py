@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2p_fast.checkpoints import PretrainedModel
+from t2p_fast.checkpoints import PretrainedModel, check_numbers, shown
 from t2p_fast.nn.vector_quantizer import VectorQuantizer
 
 
@@ -56,8 +56,18 @@ class VQGANConfig:
     commitment_weight: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.block_out_channels:
-            raise ValueError("VQGANConfig: block_out_channels is empty, expected at least one")
+        check_numbers(
+            self, "VQGANConfig: ", sample_size="[1, 4096]", in_channels="[1, 1024]",
+            out_channels="[1, 1024]", block_out_channels="[1, 16384]", layers_per_block="[1, 64]",
+            attn_resolutions="[1, 4096]", latent_channels="[1, 16384]",
+            num_vq_embeddings="[1, 1048576]", vq_embed_dim="[1, 16384]",
+            norm_num_groups="[1, 16384]", ema_decay="[0, 1)", commitment_weight="[0, inf)",
+        )  # fmt: skip
+        if not 1 <= len(self.block_out_channels) <= 10:
+            raise ValueError(
+                f"VQGANConfig: block_out_channels is {shown(self.block_out_channels)}, expected "
+                "one to ten numbers"
+            )
         if self.encoder_kernel_size not in (1, 3):
             raise ValueError(
                 f"VQGANConfig: encoder_kernel_size is {self.encoder_kernel_size}, expected 1 or 3"
@@ -317,6 +327,15 @@ class VQGAN(PretrainedModel):
             return VQGANOutput(self.decode(latents), indices, loss)
         quantized, indices, loss = self.quantize(latents)
         return VQGANOutput(self.decode(quantized), indices, loss)
+
+    def check_rgb(self, op: str) -> None:
+        """Raises ValueError, for ``op``, unless pictures go in and come out with 3 channels."""
+        channels = (self.config.in_channels, self.config.out_channels)
+        if channels != (3, 3):
+            raise ValueError(
+                f"{op}: vqgan has {channels[0]} channels in and {channels[1]} out, expected 3 and "
+                "3: red, green and blue"
+            )
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures ``[b, 3, h, w]`` to continuous latents ``[b, vq_embed_dim, h / f, w / f]``."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from t2p_fast.checkpoints import resolve_folder
+from t2p_fast.checkpoints import check_device, resolve_folder, shown
+from t2p_fast.data.pictures import to_rgb
 from t2p_fast.models.muse import Muse
 from t2p_fast.models.text_encoder import TextEncoder, TextTransformer
 from t2p_fast.models.vqgan import VQGAN
@@ -59,6 +62,7 @@ class MusePipeline:
                 f"MusePipeline: vqgan has {tokens[0]} tokens on a grid of {tokens[1]}, but muse "
                 f"has {muse.config.vocab_size} on a grid of {muse.config.token_grid}"
             )
+        vqgan.check_rgb("MusePipeline")
         self.text_encoder = text_encoder
         self.muse = muse
         self.vqgan = vqgan
@@ -83,6 +87,8 @@ class MusePipeline:
 
         Raises:
             CheckpointError: if files are missing, damaged, or belong to other models.
+            TypeError: if ``dtype`` is not a floating-point type.
+            RuntimeError: if torch cannot use ``device``.
         """
         folder = resolve_folder(name, revision=revision)
         return cls(
@@ -95,6 +101,7 @@ class MusePipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Moves all models."""
+        device = check_device("MusePipeline", device)
         for model in (self.text_encoder, self.muse, self.vqgan):
             if isinstance(model, torch.nn.Module):
                 model.to(device)
@@ -133,36 +140,40 @@ class MusePipeline:
             on_step: called after every round with its number and the tokens so far.
 
         Raises:
-            ValueError: naming the argument that is wrong.
+            ValueError, TypeError: naming the argument that is wrong.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise ValueError(
-                f"MusePipeline: prompt is {prompt!r}, expected a text that says something"
-            )
-        for name, value, low in (
-            ("num_images", num_images, 1),
-            ("steps", steps, 1),
-            ("guidance", guidance, 0),
-            ("temperature", temperature, 0),
-            ("choice_temperature", choice_temperature, 0),
-        ):
-            if not low <= value < float("inf"):
-                raise ValueError(f"MusePipeline: {name} is {value}, expected at least {low}")
+        alone = isinstance(prompt, str) or not isinstance(prompt, Iterable)
+        prompts: list[str] = [prompt] if alone else list(prompt)  # type: ignore[list-item]
+        if not prompts:
+            raise ValueError("MusePipeline: prompt is empty, expected at least one text")
+        for text in prompts:
+            _check_text("prompt", text)
+            if not text.strip():
+                raise ValueError(
+                    f"MusePipeline: prompt is {shown(text)}, expected a text that says something"
+                )
+        _check_text("negative_prompt", negative_prompt)
         if seed is None:
             seed = int(torch.randint(1 << 31, ()).item())
-        if not 0 <= seed < 1 << 62:
-            raise ValueError(f"MusePipeline: seed is {seed}, expected 0 <= seed < 2**62")
+        _check_number("num_images", num_images, 1, whole=True)
+        _check_number("steps", steps, 1, whole=True)
+        _check_number("guidance", guidance, 0)
+        _check_number("temperature", temperature, 0)
+        _check_number("choice_temperature", choice_temperature, 0)
+        _check_number("seed", seed, 0, whole=True)
+        if seed >= 1 << 62:
+            raise ValueError(f"MusePipeline: seed is {seed}, expected less than 2**62")
+        seed = int(seed)
         prompts = [p for p in prompts for _ in range(num_images)]
         seeds = [seed + i for i in range(len(prompts))]
         known = self._known_tokens(image, mask, len(prompts))
 
         start = time.perf_counter()
-        text = self.text_encoder.encode(prompts)
+        encoding = self.text_encoder.encode(prompts)
         negative = self.text_encoder.encode([negative_prompt] * len(prompts))
         encoded = time.perf_counter()
         tokens = self.muse.generate(
-            text,
+            encoding,
             negative,
             steps=steps,
             guidance=guidance,
@@ -201,6 +212,14 @@ class MusePipeline:
         if image is None or mask is None:
             raise ValueError("MusePipeline: image and mask go together, one is None")
         size, grid = self.vqgan.config.sample_size, self.vqgan.config.token_grid
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"MusePipeline: image is of type {type(image).__name__}, expected PIL.Image.Image"
+            )
+        if not isinstance(mask, Tensor | np.ndarray):
+            raise TypeError(
+                f"MusePipeline: mask is of type {type(mask).__name__}, expected a tensor or array"
+            )
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != (grid, grid):
             raise ValueError(
@@ -211,8 +230,28 @@ class MusePipeline:
             raise ValueError(
                 f"MusePipeline: image is {image.width}x{image.height}, expected {size}x{size}"
             )
-        array = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        array = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         picture = (array.float() / 127.5 - 1)[None].to(self.vqgan.device, self.vqgan.dtype)
         tokens = self.vqgan.encode_to_indices(picture).flatten(1)
         mask = mask.flatten().to(tokens.device)
         return tokens.masked_fill(mask, self.muse.config.mask_token).repeat(count, 1)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"MusePipeline: {name} is {shown(value)}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"MusePipeline: {name} is {shown(value)}, expected a text of valid Unicode"
+        ) from error
+
+
+def _check_number(name: str, value: object, low: int, *, whole: bool = False) -> None:
+    kind: type = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = "an integer" if whole else "a number"
+        raise TypeError(f"MusePipeline: {name} is {shown(value)}, expected {expected}")
+    if not low <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"MusePipeline: {name} is {value}, expected at least {low}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2p_fast.checkpoints.pretrained import config_from_dict
+from t2p_fast.checkpoints import check_numbers, config_from_dict, read_json, shown
 from t2p_fast.models.feature_encoder import FeatureEncoderConfig
 from t2p_fast.models.muse import MuseConfig
 from t2p_fast.models.text_encoder import TextTransformerConfig
@@ -34,6 +34,9 @@ class DataConfig:
     vocabulary: str = "basic"
     leaves: float = 0.0
     size: int = 64
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", leaves="[0, 1]", size="[16, 4096]")
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,13 @@ class RunConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}, expected at least 1")
+        check_numbers(
+            self, "run.", steps="[1, 1e9]", batch_size="[1, 65536]", learning_rate="(0, inf)",
+            warmup_steps="[0, 1e9]", decay_steps="[0, 1e9]", betas="[0, 1)",
+            weight_decay="[0, inf)", gradient_clip="[0, inf)", ema_decay="[0, 1)",
+            seed="[0, 2147483647]", log_every="[1, 1e9]", save_every="[1, 1e9]",
+            sample_every="[1, 1e9]", num_workers="[0, 256]",
+        )  # fmt: skip
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(
                 f"run.mixed_precision is {self.mixed_precision!r}, expected 'no', 'bf16' or 'fp16'"
@@ -90,8 +97,9 @@ class VQGANLossConfig:
         quantize_start: step at which quantisation begins, with the codes placed by k-means on
             latents that already mean something; until then the model is an autoencoder.
         kmeans_pictures: how many pictures that k-means sees.
-        initialize_from: a trained tokenizer, a folder, whose encoder and decoder this one starts
-            from; the codebook is placed anew, and may have another size. Empty for none.
+        initialize_from: a trained tokenizer, a folder or ``"embedded"``, whose encoder and decoder
+            this one starts from; the codebook is placed anew, and may have another size. Empty
+            for none.
         dead_code_threshold: see ``nn.VectorQuantizer``; codes are revived in the first half only,
             since a late revival only duplicates codes.
     """
@@ -106,6 +114,13 @@ class VQGANLossConfig:
     kmeans_pictures: int = 1024
     initialize_from: str = ""
     dead_code_threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, "loss.", l1="[0, inf)", l2="[0, inf)", perceptual="[0, inf)",
+            adversarial="[0, inf)", adversarial_start="[0, 1e9]", quantize_start="[0, 1e9]",
+            kmeans_pictures="[1, 1e6]", dead_code_threshold="[0, inf)",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,9 @@ class MuseLossConfig:
     vqgan: str = "embedded"
     text_drop: float = 0.1
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss.", text_drop="[0, 1]", label_smoothing="[0, 1)")
 
 
 @dataclass(frozen=True)
@@ -179,19 +197,18 @@ def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> A
             raise ValueError(
                 f"train {kind}: config is {str(name)!r}, expected a .json file or one of {known}"
             )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    values = read_json(path)
     _check_sections(values, str(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         section, dot, option = key.partition(".")
         if not separator or not dot:
-            raise ValueError(f"train {kind}: {override!r} is not of the form section.option=value")
+            raise ValueError(
+                f"train {kind}: {shown(override)} is not of the form section.option=value"
+            )
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = text
         values.setdefault(section, {})[option] = value
     return config_from_values(kind, values, str(path))
@@ -205,7 +222,7 @@ def config_from_values(kind: str, values: dict[str, Any], source: str) -> Any:
     unknown = sorted(values.keys() - sections.keys())
     if unknown:
         raise ValueError(
-            f"{source}: unknown section {unknown[0]!r}, known are {', '.join(sections)}"
+            f"{source}: unknown section {shown(unknown[0])}, known are {', '.join(sections)}"
         )
     built = {}
     for name, section in sections.items():
@@ -214,6 +231,11 @@ def config_from_values(kind: str, values: dict[str, Any], source: str) -> Any:
         merged = {**dataclasses.asdict(default), **values.get(name, {})}
         built[name] = config_from_dict(type(default), merged, f"{source}: {name}")
     return training(**built)
+
+
+def part_of(source: str, part: str) -> str:
+    """The subfolder of ``source`` that holds a model: ``"embedded"`` holds several."""
+    return part if source == "embedded" else ""
 
 
 def _check_sections(values: Any, source: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from t2p_fast.checkpoints import write_json
-from t2p_fast.data.scenes import SceneDataset
+from t2p_fast.data.scenes import SceneDataset, Split, content
 from t2p_fast.metrics.scenes import prompt_accuracy
 from t2p_fast.pipelines import MusePipeline
 from t2p_fast.training.pictures import psnr, save_sheet, to_images, to_tensor
@@ -29,6 +29,7 @@ def evaluate(
     count: int = 500,
     seed: int = 0,
     vocabulary: str = "basic",
+    split: Split = "test",
     batch_size: int = 50,
     sheet: Path | None = None,
     **generate: Any,
@@ -39,7 +40,7 @@ def evaluate(
         pipeline: what to score.
         count: number of captions.
         seed: of the captions and of the pictures.
-        vocabulary: which scenes.
+        vocabulary, split: which scenes; choose sampling options on ``"validation"``.
         batch_size: pictures drawn at once.
         sheet: PNG file for the first pictures: true, reconstructed, drawn from the caption.
         **generate: options of the pipeline, such as ``steps`` and ``guidance``.
@@ -49,7 +50,7 @@ def evaluate(
         attributes that the captions state (colour, shape, size, relation) which are right.
     """
     size = pipeline.vqgan.config.sample_size
-    dataset = SceneDataset(vocabulary, split="test", size=size, seed=seed)
+    dataset = SceneDataset(vocabulary, split=split, size=size, seed=seed)
     samples = [dataset[i] for i in range(count)]
     made, rebuilt, quality = [], [], []
     started = time.perf_counter()
@@ -71,7 +72,9 @@ def evaluate(
         save_sheet(sheet, rows)
     return {
         "captions": count,
+        "scenes": len({content(s.scene) for s in samples}),
         "vocabulary": vocabulary,
+        "split": split,
         "seed": seed,
         **generate,
         "reconstruction_psnr": float(torch.cat(quality).mean()),
@@ -92,8 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", default="basic")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--choice-temperature", type=float, default=0.5)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--sheet", type=Path, help="PNG file for a sheet of pictures")
     options = parser.parse_args(arguments)
@@ -102,9 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
         count=options.count,
         seed=options.seed,
         vocabulary=options.vocabulary,
+        split=options.split,
         sheet=options.sheet,
         steps=options.steps,
         guidance=options.guidance,
+        choice_temperature=options.choice_temperature,
     )
     print(json.dumps(result, indent=2))
     if options.out is not None:

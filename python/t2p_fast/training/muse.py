@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from t2p_fast.models.muse import Muse, random_mask
 from t2p_fast.models.text_encoder import TextEncoding, TextTransformer, train_tokenizer
 from t2p_fast.models.vqgan import VQGAN
-from t2p_fast.training.config import MuseTraining
+from t2p_fast.training.config import MuseTraining, part_of
 from t2p_fast.training.pictures import PictureDataset, save_sheet, to_images, to_tensor
 from t2p_fast.training.trainer import Task, Trainer
 
@@ -52,9 +52,9 @@ class MuseTask(Task):
 
     def __init__(self, config: MuseTraining) -> None:
         self.config, self.run = config, config.run
-        self.vqgan = VQGAN.from_pretrained(
-            config.loss.vqgan, subfolder="vqgan" if config.loss.vqgan == "embedded" else ""
-        )
+        source = config.loss.vqgan
+        self.vqgan = VQGAN.from_pretrained(source, subfolder=part_of(source, "vqgan"))
+        self.vqgan.check_rgb("train muse")
         codes, grid = self.vqgan.config.num_vq_embeddings, self.vqgan.config.token_grid
         if (config.model.vocab_size, config.model.token_grid) != (codes, grid):
             raise ValueError(

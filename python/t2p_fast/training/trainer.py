@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,12 +23,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from t2p_fast.checkpoints import CheckpointError, read_safetensors, write_atomically
-from t2p_fast.checkpoints.files import write_safetensors
+from t2p_fast.checkpoints import (
+    CheckpointError,
+    check_finite,
+    read_safetensors,
+    write_atomically,
+    write_safetensors,
+)
 from t2p_fast.training.config import RunConfig
 
 STATE_NAME = "state.safetensors"
 METRICS_NAME = "metrics.csv"
+
+
+class DivergedError(FloatingPointError):
+    """Training has led to NaN or infinity; the message names the step and the quantity."""
 
 
 class Task(ABC):
@@ -73,6 +83,9 @@ class Trainer:
         cpu: keep to the CPU even if there is an accelerator.
         report: called with one line of text per ``log_every`` steps.
         on_step: called after every step, once for each that a resumed run already has.
+
+    Attributes:
+        saved_step: the step of the state in the folder; 0 if there is none.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class Trainer:
         self.out = Path(out)
         self.report = report
         self.on_step = on_step
+        self.saved_step = 0
         self.accelerator = Accelerator(mixed_precision=self.run.mixed_precision, cpu=cpu)
         self.optimizers = {
             name: torch.optim.AdamW(
@@ -137,6 +151,10 @@ class Trainer:
 
         Returns:
             The folder of the finished model.
+
+        Raises:
+            DivergedError: when a metric or a weight is not finite; the state saved last stays.
+            CheckpointError: if the state in the folder is damaged or of another configuration.
         """
         start = self._resume()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -148,16 +166,23 @@ class Trainer:
         batches = iter(self._loader(start, end))
         for step in range(start, end):
             batch = next(batches)
+            if isinstance(batch, Exception):
+                try:
+                    raise batch
+                finally:
+                    del batch  # or it and this frame keep each other, and the workers, alive
             self._seed(step)
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, self.run)
-            metrics = self.task.step(batch, step, self)
+            values = self._means(self.task.step(batch, step, self))
+            done = step + 1
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise self._diverged(done, f"{name} is {value}")
             self._update_average(step)
             self.on_step()
-            done = step + 1
             if done % self.run.log_every == 0 or done == end:
-                values = {k: self._mean(v) for k, v in metrics.items()}
                 now = time.perf_counter()
                 pictures = (done - clock_step) * self.run.batch_size
                 pictures *= self.accelerator.num_processes
@@ -183,8 +208,8 @@ class Trainer:
 
     def _loader(self, start: int, end: int) -> DataLoader[Any]:
         return DataLoader(
-            self.task.dataset,
-            batch_sampler=StepBatches(
+            _Batches(self.task),
+            sampler=StepBatches(
                 start,
                 end,
                 self.run.batch_size,
@@ -193,7 +218,8 @@ class Trainer:
                 len(self.task.dataset),  # type: ignore[arg-type]
                 self.run.seed,
             ),
-            collate_fn=self.task.collate,
+            batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.run.num_workers,
             persistent_workers=self.run.num_workers > 0,
         )
@@ -202,9 +228,18 @@ class Trainer:
         process = self.accelerator.process_index
         torch.manual_seed((self.run.seed * 1_000_003 + step) * 4099 + process + (1 << 40))
 
-    def _mean(self, value: Tensor) -> float:
-        gathered = self.accelerator.gather(value.detach().float().reshape(1))
-        return float(gathered.mean())
+    def _means(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics as numbers, averaged over the processes."""
+        row = torch.stack([value.detach().float().reshape(()) for value in metrics.values()])
+        means = self.accelerator.gather(row[None]).mean(0)
+        return dict(zip(metrics, means.tolist(), strict=True))
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        kept = f"the state of step {self.saved_step} is kept" if self.saved_step else "none is kept"
+        return DivergedError(
+            f"{self.out}: training diverged at step {step}: {what}; {kept}; a lower "
+            "run.learning_rate may help"
+        )
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -240,12 +275,17 @@ class Trainer:
                 tensors |= {f"optimizer/{name}/{index}/{k}": v for k, v in state.items()}
         if self.average is not None:
             tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        try:
+            check_finite("", tensors)
+        except CheckpointError as error:
+            raise self._diverged(step, str(error)) from None
         description = json.dumps(self.task.describe())
         # safetensors refuses tensors that share memory (tied weights); copies do not.
         tensors = {k: v.detach().clone() for k, v in tensors.items()}
         write_safetensors(
             self.out / STATE_NAME, tensors, {"step": str(step), "config": description}
         )
+        self.saved_step = step
 
     def _resume(self) -> int:
         path = self.out / STATE_NAME
@@ -260,7 +300,13 @@ class Trainer:
                     f"{path}: is of another configuration: its {section} is "
                     f"{described.get(section)}, expected {mine[section]}"
                 )
+        if step > self.run.steps:
+            raise CheckpointError(
+                f"{path}: is of step {step}, beyond run.steps, {self.run.steps}; expected at least "
+                f"run.steps={step} to go on, or another folder"
+            )
         tensors = read_safetensors(path, self.device)
+        check_finite(f"{path}: ", tensors)
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             group, _, rest = key.partition("/")
@@ -282,7 +328,28 @@ class Trainer:
                 self.average = {k: groups["average"][k] for k in self.average}
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: does not fit this configuration ({error})") from error
+        self.saved_step = step
         return step
+
+
+class _Batches(Dataset[Any]):
+    """The batches of a task by their indices; an error comes as a value.
+
+    A worker process would wrap it in the text of its traceback.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getitem__(self, indices: Any) -> Any:
+        try:
+            return self.task.collate([self.task.dataset[i] for i in indices])
+        except (OSError, ValueError) as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class StepBatches(Sampler[list[int]]):
@@ -352,9 +419,7 @@ class _MetricsLog:
         out.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, str]] = []
         if start > 0 and self.path.exists():
-            with self.path.open(newline="") as file:
-                # What was logged after the checkpoint will be logged again.
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            rows = _read_rows(self.path, start)
         self.rows: list[dict[str, Any]] = list(rows)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -368,7 +433,7 @@ class _MetricsLog:
         names = list(dict.fromkeys(key for row in self.rows for key in row))
 
         def write_rows(path: Path) -> None:
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, names, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)
@@ -383,12 +448,29 @@ class _MetricsLog:
             self.board.close()
 
 
+def _read_rows(path: Path, last: int) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv`` up to step ``last``: what is after it will be logged again."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
+        if any(None in row for row in rows):  # a row longer than the first
+            raise ValueError("a row has too many entries")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise CheckpointError(
+            f"{path}: not a readable log of metrics ({error}); move it away to begin another"
+        ) from error
+    return rows
+
+
 def _read_metadata(path: Path) -> tuple[int, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-        return int(metadata["step"]), json.loads(metadata["config"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        step, config = int(metadata["step"]), json.loads(metadata["config"])
+        if step < 0 or not isinstance(config, dict):
+            raise ValueError("step or config is damaged")
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable training state ({error})") from error
+    return step, config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from t2p_fast.models.feature_encoder import FeatureEncoder
 from t2p_fast.models.vqgan import VQGAN
-from t2p_fast.training.config import VQGANTraining
+from t2p_fast.training.config import VQGANTraining, part_of
 from t2p_fast.training.losses import (
     FeatureExtractor,
     PatchDiscriminator,
@@ -40,6 +40,7 @@ class VQGANTask(Task):
         self.config, self.run = config, config.run
         torch.manual_seed(config.run.seed)
         model = VQGAN(config.model)
+        model.check_rgb("train vqgan")
         if config.loss.initialize_from:
             _initialize(model, config.loss.initialize_from)
         self.modules = {"vqgan": model}
@@ -48,9 +49,8 @@ class VQGANTask(Task):
         self.dataset = PictureDataset(config.data, seed=config.run.seed)
         self.held_out = PictureDataset(config.data, split="test")
         if features is None and config.loss.perceptual > 0:
-            features = FeatureEncoder.from_pretrained(config.loss.features, subfolder=(
-                "features" if config.loss.features == "embedded" else ""
-            ))  # fmt: skip
+            source = config.loss.features
+            features = FeatureEncoder.from_pretrained(source, subfolder=part_of(source, "features"))
         self.features = features
 
     def collate(self, samples: list[Any]) -> Tensor:
@@ -133,7 +133,7 @@ class VQGANTask(Task):
 
 def _initialize(model: VQGAN, folder: str) -> None:
     """Copies everything but the codebook from a trained tokenizer."""
-    source = VQGAN.from_pretrained(folder)
+    source = VQGAN.from_pretrained(folder, subfolder=part_of(folder, "vqgan"))
     state = {k: v for k, v in source.state_dict().items() if not k.startswith("quantize.")}
     try:
         model.load_state_dict({**model.state_dict(), **state})
