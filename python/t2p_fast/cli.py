@@ -58,7 +58,7 @@ def generate(
         int | None, typer.Option(help="Of the first picture; random if absent.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Rounds of mask-predict.")] = 32,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     temperature: Annotated[float, typer.Option(help="Of the token distribution.")] = 1.0,
     scale: Annotated[int, typer.Option(help="Enlarge the result by this factor.")] = 1,

@@ -235,6 +235,24 @@ def test_errors(muse: Muse, text: TextEncoding, negative: TextEncoding) -> None:
 # Decoding ----------------------------------------------------------------------------------------
 
 
+def test_unlikely_tokens_are_never_drawn(muse: Muse, text: TextEncoding) -> None:
+    """Whatever guidance makes of them: a token must be likely enough under the prompt."""
+    with torch.no_grad():
+        muse.output_bias[:3] = 40.0  # three tokens that the model believes in, whatever the prompt
+        negative = TextEncoding(-5 * text.embeddings, text.mask)
+        drawn = [
+            muse.generate(
+                text, negative, steps=3, guidance=1e3, min_p=p, generators=seeds(1, 2, 3)
+            )
+            for p in (0.0, 0.01)
+        ]
+        muse.output_bias[:3] = 0.0
+    assert int(drawn[1].max()) < 3
+    assert int(drawn[0].max()) >= 3
+    with pytest.raises(ValueError, match="min_p is -1, expected 0 to 1"):
+        muse.generate(text, text, min_p=-1)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_generate_fills_in_everything(
@@ -332,7 +350,7 @@ def test_guidance_rises_linearly(
 
     monkeypatch.setattr(muse, "forward", spy)
     monkeypatch.setattr(muse_module, "sample_tokens", sample)
-    muse.generate(text, negative, steps=4, guidance=6.0)
+    muse.generate(text, negative, steps=4, guidance=6.0, min_p=0.0)
     assert scales == pytest.approx([1.5, 3.0, 4.5, 6.0], rel=1e-4)
 
 

@@ -90,6 +90,7 @@ def test_on_step_sees_every_round(pipeline: MusePipeline) -> None:
         ({"num_images": 0}, "num_images is 0"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"min_p": 1.5}, "min_p is 1.5, expected at most 1"),
         ({"seed": -1}, "seed is -1"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool)}, "image and mask go together"),
         ({"prompt": "circle " * 40}, "at most 24"),
@@ -134,7 +135,7 @@ def test_arguments_of_wrong_types(pipeline: MusePipeline, name: str, value: obje
 
 
 def test_numbers_of_numpy_are_numbers(pipeline: MusePipeline) -> None:
-    options = {"steps": np.int64(2), "seed": np.int32(3), "guidance": np.float32(1)}
+    options = {"steps": np.int64(2), "seed": np.int32(3), "guidance": np.float32(2)}
     result = pipeline("a red circle", **options)  # type: ignore[arg-type]
     assert torch.equal(result.tokens, pipeline("a red circle", steps=2, seed=3).tokens)
 

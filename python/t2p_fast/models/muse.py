@@ -269,9 +269,10 @@ class Muse(PretrainedModel):
         negative: TextEncoding | None = None,
         *,
         steps: int = 32,
-        guidance: float = 1.0,
+        guidance: float = 2.0,
         temperature: float = 1.0,
-        choice_temperature: float = 0.5,
+        min_p: float = 0.1,
+        choice_temperature: float = 4.0,
         known: Tensor | None = None,
         generators: list[torch.Generator] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -286,6 +287,9 @@ class Muse(PretrainedModel):
             guidance: final scale ``t`` of classifier-free guidance, ``(1 + t) l_c - t l_u``
                 (Muse, section 2.7); it rises linearly over the rounds.
             temperature: of the token distribution; 0 takes the most likely tokens.
+            min_p: tokens that the prompt makes less likely than ``min_p`` times the likeliest are
+                never drawn (Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024); guidance
+                would otherwise raise some that neither distribution believes in. 0 allows all.
             choice_temperature: of the Gumbel noise on the confidences; it falls linearly.
             known: ``[b, n]`` int64, tokens to keep, with the mask token where to fill in;
                 ``None`` fills in everything.
@@ -306,6 +310,8 @@ class Muse(PretrainedModel):
                 f"Muse.generate: known is {list(known.shape)} with values {int(known.min())} to "
                 f"{int(known.max())}, expected [{b}, {n}] with values 0 to {mask_token}"
             )
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"Muse.generate: min_p is {min_p}, expected 0 to 1")
         if generators is not None and len(generators) != b:
             raise ValueError(
                 f"Muse.generate: there are {len(generators)} generators, expected one for each of "
@@ -333,7 +339,10 @@ class Muse(PretrainedModel):
                 )
                 logits = conditional + scale * (conditional - unconditional)
             else:
-                logits = self(tokens, both, tables).float()
+                logits = conditional = self(tokens, both, tables).float()
+            if min_p > 0:
+                least = conditional.amax(-1, keepdim=True) + math.log(min_p)
+                logits = logits.masked_fill(conditional < least, -torch.inf)
             sampled, log_probability = sample_tokens(logits, temperature, generators)
             tokens = torch.where(unknown, sampled, tokens)
             if step + 1 < steps:

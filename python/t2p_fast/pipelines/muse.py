@@ -115,9 +115,10 @@ class MusePipeline:
         negative_prompt: str = "",
         num_images: int = 1,
         steps: int = 32,
-        guidance: float = 1.0,
+        guidance: float = 2.0,
         temperature: float = 1.0,
-        choice_temperature: float = 0.5,
+        min_p: float = 0.1,
+        choice_temperature: float = 4.0,
         seed: int | None = None,
         image: Image.Image | None = None,
         mask: NDArray[np.bool_] | Tensor | None = None,
@@ -132,6 +133,7 @@ class MusePipeline:
             steps: rounds of mask-predict.
             guidance: final classifier-free guidance scale, ``(1 + t) c - t u``; 0 is none.
             temperature: of the token distribution; 0 always takes the most likely token.
+            min_p: tokens less likely than this times the likeliest are never drawn; 0 allows all.
             choice_temperature: of the choice which tokens to keep; 0 keeps the most confident.
             seed: picture ``i`` is drawn with ``seed + i``, whatever its batch; ``None`` draws a
                 seed, which the result names.
@@ -159,6 +161,9 @@ class MusePipeline:
         _check_number("steps", steps, 1, whole=True)
         _check_number("guidance", guidance, 0)
         _check_number("temperature", temperature, 0)
+        _check_number("min_p", min_p, 0)
+        if min_p > 1:
+            raise ValueError(f"MusePipeline: min_p is {min_p}, expected at most 1")
         _check_number("choice_temperature", choice_temperature, 0)
         _check_number("seed", seed, 0, whole=True)
         if seed >= 1 << 62:
@@ -178,6 +183,7 @@ class MusePipeline:
             steps=steps,
             guidance=guidance,
             temperature=temperature,
+            min_p=min_p,
             choice_temperature=choice_temperature,
             known=known,
             generators=[torch.Generator().manual_seed(s) for s in seeds],
