@@ -241,9 +241,7 @@ def test_unlikely_tokens_are_never_drawn(muse: Muse, text: TextEncoding) -> None
         muse.output_bias[:3] = 40.0  # three tokens that the model believes in, whatever the prompt
         negative = TextEncoding(-5 * text.embeddings, text.mask)
         drawn = [
-            muse.generate(
-                text, negative, steps=3, guidance=1e3, min_p=p, generators=seeds(1, 2, 3)
-            )
+            muse.generate(text, negative, steps=3, guidance=1e3, min_p=p, generators=seeds(1, 2, 3))
             for p in (0.0, 0.01)
         ]
         muse.output_bias[:3] = 0.0
