@@ -154,8 +154,7 @@ T2P_INLINE std::int64_t keep_near(const Codebook& codebook, const float* row, st
   return kept;
 }
 
-// Offers code[count], count <= kMaxOffered; the list has room for kLanes more, which are
-// overwritten.
+// Offers code[count], count <= kMaxOffered; the kOfferRoom places behind it are overwritten.
 inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t* code,
                         std::int64_t count, Nearest& nearest) {
   if (codebook.metric == Metric::kL2) {

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kCoarseVectors = kLanes == 8 ? 2 : 3;
 constexpr int kCoarseCodes = kCoarseVectors * kLanes;
+
+// What a panel is made of: its ranges, how it is stored, and its dot product.
 struct Bytes {
   static constexpr int kChannels = 4;  // in 32 bits
   static constexpr int kCodeZero = (kLargestByte + 1) / 2;
