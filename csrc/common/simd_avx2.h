@@ -110,6 +110,12 @@ T2P_INLINE std::int32_t reduce_max(I32 a) {
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
+T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) {
+  return {_mm256_or_si256(a.v, _mm256_and_si256(_mm256_castps_si256(m.v), b.v))};
+}
+T2P_INLINE M32 less(I32 a, I32 b) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
+}
 T2P_INLINE F32 magnitude(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 T2P_INLINE float reduce_max(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -119,6 +125,20 @@ T2P_INLINE float reduce_max(F32 a) {
 T2P_INLINE I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 T2P_INLINE F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 T2P_INLINE I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+T2P_INLINE I32 sub(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+T2P_INLINE I32 reduce_max_each(const I32 (&a)[8]) {
+  __m256i quads[4], pairs[2];
+  for (int i = 0; i < 4; ++i) {
+    quads[i] = _mm256_max_epi32(_mm256_permute2x128_si256(a[i].v, a[i + 4].v, 0x20),
+                                _mm256_permute2x128_si256(a[i].v, a[i + 4].v, 0x31));
+  }
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(quads[2 * i], quads[2 * i + 1]),
+                                _mm256_unpackhi_epi32(quads[2 * i], quads[2 * i + 1]));
+  }
+  return {_mm256_max_epi32(_mm256_unpacklo_epi64(pairs[0], pairs[1]),
+                           _mm256_unpackhi_epi64(pairs[0], pairs[1]))};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[4]) {
   __m256d pairs[2];
   for (int i = 0; i < 2; ++i) {
@@ -153,18 +173,15 @@ T2P_INLINE int store_chosen(std::int32_t* p, M32 m, I32 a) {
   for (auto left = bits(m); left; left &= left - 1) p[count++] = lanes[__builtin_ctz(left)];
   return count;
 }
-T2P_INLINE void store_bytes(std::uint8_t* p, I32 a) {
-  const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                       0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i bytes = _mm256_shuffle_epi8(a.v, low);
-  _mm_storel_epi64(
-      reinterpret_cast<__m128i*>(p),
-      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+T2P_INLINE I32 join_words(I32 a, I32 b) {
+  return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)};
 }
-T2P_INLINE void store_words(std::int16_t* p, I32 a) {
-  const __m128i words =
-      _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i low = _mm256_or_si256(_mm256_and_si256(a[0].v, byte), _mm256_slli_epi32(a[1].v, 8));
+  const __m256i high =
+      _mm256_or_si256(_mm256_and_si256(a[2].v, byte), _mm256_slli_epi32(a[3].v, 8));
+  return join_words({low}, {high});
 }
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};

@@ -90,11 +90,36 @@ T2P_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 T2P_INLINE I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 T2P_INLINE M32 not_less(I32 a, I32 b) { return {_mm512_cmpge_epi32_mask(a.v, b.v)}; }
 T2P_INLINE std::int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a.v); }
+T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) {
+  return {_mm512_mask_or_epi32(a.v, m.v, a.v, b.v)};
+}
+T2P_INLINE M32 less(I32 a, I32 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 T2P_INLINE F32 magnitude(F32 a) { return {_mm512_abs_ps(a.v)}; }
 T2P_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 T2P_INLINE I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 T2P_INLINE F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 T2P_INLINE I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+T2P_INLINE I32 sub(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+T2P_INLINE I32 reduce_max_each(const I32 (&a)[16]) {
+  I32 quads[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512i halves[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512i low = a[i + 8 * j].v, high = a[i + 8 * j + 4].v;
+      halves[j] = _mm512_max_epi32(_mm512_shuffle_i32x4(low, high, 0x44),
+                                   _mm512_shuffle_i32x4(low, high, 0xee));
+    }
+    quads[i] = {_mm512_max_epi32(_mm512_shuffle_i32x4(halves[0], halves[1], 0x88),
+                                 _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd))};
+  }
+  __m512i pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = _mm512_max_epi32(_mm512_unpacklo_epi32(quads[2 * i].v, quads[2 * i + 1].v),
+                                _mm512_unpackhi_epi32(quads[2 * i].v, quads[2 * i + 1].v));
+  }
+  return {_mm512_max_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]),
+                           _mm512_unpackhi_epi64(pairs[0], pairs[1]))};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
   __m512d quads[4], pairs[2];
   for (int i = 0; i < 4; ++i) {
@@ -128,11 +153,14 @@ T2P_INLINE int store_chosen(std::int32_t* p, M32 m, I32 a) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v));
   return __builtin_popcount(m.v);
 }
-T2P_INLINE void store_bytes(std::uint8_t* p, I32 a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+T2P_INLINE I32 join_words(I32 a, I32 b) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, a.v, _mm512_slli_epi32(b.v, 16))};
 }
-T2P_INLINE void store_words(std::int16_t* p, I32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
+  const __m512i low = _mm512_mask_blend_epi8(0x2222222222222222, a[0].v, _mm512_slli_epi32(a[1].v, 8));
+  const __m512i high =
+      _mm512_mask_blend_epi8(0x2222222222222222, a[2].v, _mm512_slli_epi32(a[3].v, 8));
+  return join_words({low}, {high});
 }
 #if defined(__AVX512VNNI__)
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {

@@ -98,6 +98,8 @@ T2P_INLINE std::int32_t reduce_max(I32 a) {
   const std::int32_t high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
   return low > high ? low : high;
 }
+T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) { return {a.v | (m.v & b.v)}; }
+T2P_INLINE M32 less(I32 a, I32 b) { return {a.v < b.v}; }
 T2P_INLINE F32 magnitude(F32 a) { return {a.v < 0 ? -a.v : a.v}; }
 T2P_INLINE float reduce_max(F32 a) {
   const float low = a.v[0] > a.v[1] ? a.v[0] : a.v[1];
@@ -115,6 +117,10 @@ T2P_INLINE I32 to_i32(F32 a) {
 }
 T2P_INLINE F32 to_f32(I32 a) { return {__builtin_convertvector(a.v, F32::type)}; }
 T2P_INLINE I32 add(I32 a, I32 b) { return {a.v + b.v}; }
+T2P_INLINE I32 sub(I32 a, I32 b) { return {a.v - b.v}; }
+T2P_INLINE I32 reduce_max_each(const I32 (&a)[4]) {
+  return {I32::type{reduce_max(a[0]), reduce_max(a[1]), reduce_max(a[2]), reduce_max(a[3])}};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
   return {F64::type{a[0].v[0] + a[0].v[1], a[1].v[0] + a[1].v[1]}};
 }
@@ -144,11 +150,9 @@ T2P_INLINE int store_chosen(std::int32_t* p, M32 m, I32 a) {
   }
   return count;
 }
-T2P_INLINE void store_bytes(std::uint8_t* p, I32 a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
-}
-T2P_INLINE void store_words(std::int16_t* p, I32 a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int16_t>(a.v[i]);
+T2P_INLINE I32 join_words(I32 a, I32 b) { return {(a.v & 0xffff) | (b.v << 16)}; }
+T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
+  return join_words({(a[0].v & 255) | (a[1].v << 8)}, {(a[2].v & 255) | (a[3].v << 8)});
 }
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
   for (int i = 0; i < kLanes; ++i) {

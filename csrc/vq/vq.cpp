@@ -20,7 +20,7 @@ namespace {
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
 // With so few channels the comparisons that words save weigh more than the time they take.
-constexpr std::int64_t kMostWordChannels = 8;
+constexpr std::int64_t kMostWordChannels = 2;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -2,11 +2,18 @@
 // The coarse stage: all codes scored in small integers, few compared in float64. Included by
 // vq-inl.h, once per ISA.
 //
-// With x ~ a p and c ~ b (q - z), p and q integers, the score |c|^2/2 - x.c of a row orders codes
-// as the integer p.q - |c|^2/(2ab) does, largest first: z p.1 is the same for all of them. It is
-// off by at most E = |x - a p| |c| + |a p| |c - b (q - z)|, plus the roundings of float32, so the
-// nearest code is among those whose integer is at least the largest one less 2E/(ab). All norms but
-// that of c, for which the largest serves, are measured, not guessed.
+// With x ~ x' = a p and c ~ c' = b (q - z), p and q integers, the score |c|^2/2 - x.c orders codes
+// about as the integer p.(q - z) - |c'|^2/(2ab) does, largest first; z p.1 is left in, since it is
+// the same for all of them. Two bounds say how far below the largest integer the nearest code's may be, and the smaller holds:
+//
+// - The score is off by at most E = |x - x'| |c| + |x'| |c - c'|, and for kL2 by |c - c'| |c| more,
+//   so it is at most 2E/(ab) below.
+// - For kL2, |x - c| and |x' - c'| differ by at most e = |x - x'| + |c - c'|, so the nearest code's
+//   |x' - c'| is at most D + 2e if the least of them is D: it is (2eD + 2e^2)/(ab) below, which is
+//   little where codes are near to rows that are far from the centre.
+//
+// To both come the roundings of float32. The norms of x, x' and x - x' are measured for every row;
+// for those of c, c' and c - c' the largest of all codes serve.
 #pragma once
 
 #include <cstdint>
@@ -24,34 +31,39 @@ constexpr std::int64_t kCoarseBlockRows = 128;
 
 // Panels are scanned in groups: the maxima of a tile's rows are only stored, and looked at once per
 // group. With few channels all of it stays in the L1 cache, with many in the L2.
-constexpr int kMaxCoarseGroup = 16;
+constexpr int kMaxCoarseGroup = 16;  // at most 31, a bit for each
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
-// Lanes of a panel, at most, that are compared for a row before it is given up.
+// Lanes of a panel, at most, that are noted for a row before it is given up.
 constexpr int kMaxCandidates = 64;
+// With fewer channels it is faster to score a lane's codes again than to compare all of them.
+constexpr std::int64_t kRescoredChannels = 64;
 
 T2P_INLINE int coarse_group(std::int64_t d) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
   return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, kMaxCoarseGroup));
 }
 
-// What turns the scores of a tile of rows into integers.
-struct CoarseTile {
-  float per_unit;               // 1 / (ab); 0 if the tile cannot be used
-  std::int32_t margin[kLanes];  // 2E / (ab) of each row; -1 gives a row up
+// What turns the scores of kLanes rows into integers, and what bounds them, row by row.
+struct RowBounds {
+  float per_unit;               // 1 / (ab); 0 if the rows cannot be used
+  std::int32_t margin[kLanes];  // 2E / (ab); -1 gives a row up
+  std::int32_t zero[kLanes];    // z p.1
+  float half_norm[kLanes];      // |x'|^2 / (2ab): less the integer it is |x' - c'|^2 / (2ab)
+  float slope[kLanes];          // (2eD + 2e^2) / (ab) = slope * sqrt(D^2 / (2ab)) + offset
+  float offset[kLanes];
 };
 
-// maxima[m] = the largest integers of row m, lane by lane, among the vectors of a panel.
-template <class Integers>
-T2P_INLINE void coarse_maxima(const std::uint8_t* __restrict panel,
-                              const float* __restrict half_norms,
-                              const std::uint8_t* __restrict rows, std::int64_t stride,
-                              std::int64_t steps, float per_unit, I32 (&maxima)[kTileRows]) {
-  I32 sums[kTileRows][kCoarseVectors];
+// sums[m][v] = the integers of row m against the codes of vector v of a panel.
+template <class Integers, int kRows>
+T2P_INLINE void score_integers(const std::uint8_t* __restrict panel,
+                               const float* __restrict half_norms,
+                               const std::uint8_t* __restrict rows, std::int64_t steps,
+                               float per_unit, I32 (&sums)[kRows][kCoarseVectors]) {
 #pragma GCC unroll 4
   for (int v = 0; v < kCoarseVectors; ++v) {
     const I32 start = to_i32(mul(load(half_norms + v * kLanes), broadcast(per_unit)));
 #pragma GCC unroll 8
-    for (int m = 0; m < kTileRows; ++m) sums[m][v] = start;
+    for (int m = 0; m < kRows; ++m) sums[m][v] = start;
   }
   for (std::int64_t s = 0; s < steps; ++s) {
     I32 code[kCoarseVectors];
@@ -60,21 +72,15 @@ T2P_INLINE void coarse_maxima(const std::uint8_t* __restrict panel,
       code[v] = load_bytes(panel + (s * kCoarseCodes + v * kLanes) * 4);
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kTileRows; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       std::int32_t four;
-      __builtin_memcpy(&four, rows + m * stride + 4 * s, 4);
+      __builtin_memcpy(&four, rows + (s * kLanes + m) * 4, 4);
       const I32 row = broadcast(four);
 #pragma GCC unroll 4
       for (int v = 0; v < kCoarseVectors; ++v) {
         sums[m][v] = Integers::dot(sums[m][v], code[v], row);
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kTileRows; ++m) {
-    maxima[m] = sums[m][0];
-#pragma GCC unroll 4
-    for (int v = 1; v < kCoarseVectors; ++v) maxima[m] = max(maxima[m], sums[m][v]);
   }
 }
 
@@ -91,57 +97,49 @@ class CoarseSearch {
         x_(x),
         panels_(panels),
         d_(codebook.d),
-        stride_(coarse_stride(coarse.format, d_)),
+        steps_(coarse_steps<Integers>(d_)),
         rows_(scratch),
-        staged_(reinterpret_cast<float*>(scratch + kCoarseBlockRows * stride_)),
+        staged_(reinterpret_cast<float*>(scratch + kCoarseBlockRows * 4 * steps_)),
         radius_(norm_bound(2 * coarse.largest_half_norm, d_)),
         code_rounding_(norm_bound(coarse.largest_rounding, d_)),
         float_error_(radius_, d_) {}
 
   void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
     stage_rows(first, count);
-    const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
-    for (std::int64_t i = 0; i < tiles; ++i) {
-      round_tile(i * kTileRows, smaller(kTileRows, count - i * kTileRows), tiles_[i]);
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+      round_rows(i, smaller(kLanes, count - i), bounds_[i / kLanes]);
     }
-    scan(tiles, count);
-    for (std::int64_t i = 0; i < count; ++i) resolve(i, distance[i], indices[i]);
+    scan(count);
+    for (std::int64_t i = 0; i < count; i += kResolvedRows) {
+      resolve(i, smaller(kResolvedRows, count - i), distance + i, indices + i);
+    }
   }
 
  private:
-  // Where a row's channels lie next to each other, they are read in place.
+  // Rows are read in place if they are evenly spaced and their channels lie next to each other.
   void stage_rows(std::int64_t first, std::int64_t count) {
-    std::int64_t o = first / x_.inner, i = first % x_.inner;
-    for (std::int64_t r = 0; r < count; ++r) {
-      row_[r] = x_.data + o * x_.outer_stride + i * x_.inner_stride;
-      if (++i == x_.inner) i = 0, ++o;
-    }
-    if (x_.channel_stride == 1) return;
+    const std::int64_t o = first / x_.inner, i = first % x_.inner;
+    stride_ = x_.inner > 1 ? x_.inner_stride : x_.outer_stride;
+    row_ = x_.data + o * x_.outer_stride + i * x_.inner_stride;
+    if (x_.channel_stride == 1 && (x_.inner == 1 || i + count <= x_.inner)) return;
+    const float* row[kCoarseBlockRows];
+    for (std::int64_t r = 0; r < count; ++r) row[r] = x_.row(first + r);
     for (std::int64_t t = 0; t < d_; ++t) {
-      for (std::int64_t r = 0; r < count; ++r) {
-        staged_[r * d_ + t] = row_[r][t * x_.channel_stride];
-      }
+      for (std::int64_t r = 0; r < count; ++r) staged_[r * d_ + t] = row[r][t * x_.channel_stride];
     }
-    for (std::int64_t r = 0; r < count; ++r) row_[r] = staged_ + r * d_;
-  }
-
-  T2P_INLINE F32 centred(const float* row, std::int64_t t) const {
-    const int left = static_cast<int>(smaller(kLanes, d_ - t));
-    return sub(load_first(row + t, left), load_first(codebook_.row_center + t, left));
+    row_ = staged_;
+    stride_ = d_;
   }
 
   // Rounds the rows [i, i + count), with one step for all of them.
-  T2P_INLINE void round_tile(std::int64_t i, std::int64_t count, CoarseTile& tile) {
-    alignas(64) float squares[kLanes]{}, rounding[kLanes]{};
-    F32 largest = broadcast(0.f);
-    for (std::int64_t m = 0; m < count; ++m) {
-      F32 sum = broadcast(0.f);
-      for (std::int64_t t = 0; t < d_; t += kLanes) {
-        const F32 value = centred(row_[i + m], t);
-        largest = max(magnitude(value), largest);
-        sum = multiply_add(value, value, sum);
-      }
-      squares[m] = reduce_add(sum);
+  T2P_INLINE void round_rows(std::int64_t i, std::int64_t count, RowBounds& bounds) {
+    const float* rows = row_ + i * stride_;
+    F32 channel[4], largest = broadcast(0.f);
+    for (std::int64_t t = 0; t < d_; t += 4) {
+      load_channels(rows, stride_, count, codebook_.row_center, t, d_, channel);
+      // In this order a NaN gives way to the other operand.
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) largest = max(magnitude(channel[c]), largest);
     }
     // The step is at least what keeps the half norms of the codes in range.
     const float range = reduce_max(largest) / Integers::kRowRange;
@@ -149,120 +147,156 @@ class CoarseSearch {
     const float scale = range > floor ? range : floor;
     const float unit = scale * coarse_.scale;
     const bool usable = unit > 1e-30f && unit < 1e30f;
-    tile.per_unit = usable ? 1 / unit : 0.0f;
-    const F32 step = broadcast(scale), per_step = broadcast(usable ? 1 / scale : 0.0f);
-    for (std::int64_t m = 0; m < kTileRows; ++m) {
-      std::uint8_t* integers = rows_ + (i + m) * stride_;
-      if (m >= count) {
-        __builtin_memset(integers, 0, static_cast<std::size_t>(4 * coarse_steps<Integers>(d_)));
-        continue;
-      }
-      F32 sum = broadcast(0.f);
-      for (std::int64_t t = 0; t < d_; t += kLanes) {
-        const F32 value = centred(row_[i + m], t);
-        const I32 rounded = to_i32(mul(value, per_step));
-        Integers::store_integers(integers, t, rounded);
-        const F32 off = multiply_subtract_from(step, to_f32(rounded), value);
-        sum = multiply_add(off, off, sum);
-      }
-      rounding[m] = reduce_add(sum);
+    bounds.per_unit = usable ? 1 / unit : 0.0f;
+    Rounding rounding{broadcast(scale), broadcast(usable ? 1 / scale : 0.0f)};
+    std::uint8_t* to = rows_ + i * 4 * steps_;
+    for (std::int64_t t = 0; t < d_; t += 4) {
+      load_channels(rows, stride_, count, codebook_.row_center, t, d_, channel);
+      rounding.template round<Integers>(channel, 0, to, 4 * kLanes);
+      to += 4 / Integers::kChannels * 4 * kLanes;
     }
-    // norm_bound and E, for all rows of the tile at once.
+    bound_rows(rounding, bounds);
+    for (std::int64_t m = usable ? count : 0; m < kLanes; ++m) bounds.margin[m] = -1;
+  }
+
+  // norm_bound, then E, then e.
+  T2P_INLINE void bound_rows(const Rounding& rounding, RowBounds& bounds) {
+    const bool l2 = codebook_.metric == Metric::kL2;
     const F32 tiny = broadcast(static_cast<float>(d_) * kSmallestNormal), slack = broadcast(1.001f);
-    const F32 off = mul(slack, square_root(add(load(rounding), tiny)));
-    const F32 norm = add(mul(slack, square_root(add(load(squares), tiny))), off);
+    const F32 off = mul(slack, square_root(add(rounding.off_squares, tiny)));
+    const F32 norm = add(mul(slack, square_root(add(rounding.squares, tiny))), off);
+    const F32 per_unit = broadcast(bounds.per_unit);
+
+    // What sums of d squares, and float32 numbers that became integers, are off by.
+    const float relative = static_cast<float>(d_ + 32) * 0x1p-24f;
+    const F32 half_norm = mul(rounding.near_squares, broadcast(0.5f * bounds.per_unit));
+    const float code_half_norm = 1.01f * coarse_.largest_half_norm * bounds.per_unit;
+    const F32 integer_error = multiply_add(add(half_norm, broadcast(code_half_norm)),
+                                           broadcast(relative + 0x1p-20f), broadcast(4.f));
+
     F32 error = mul(off, broadcast(2.01f * radius_));
     error = multiply_add(norm, broadcast(2.01f * code_rounding_ + float_error_.slope), error);
     error = add(error, broadcast(float_error_.slope * radius_ + float_error_.tiny));
-    const float half_norm = coarse_.largest_half_norm * tile.per_unit;
-    const F32 margin =
-        multiply_add(error, broadcast(1.01f * tile.per_unit), broadcast(half_norm * 0x1p-20f + 4));
-    store(tile.margin, select(less(margin, broadcast(usable ? kLargestMargin : 0.0f)),
-                              to_i32(margin), broadcast(std::int32_t{-1})));
+    if (l2) error = add(error, broadcast(2.01f * code_rounding_ * (radius_ + code_rounding_)));
+    const F32 margin = multiply_add(error, broadcast(1.01f * bounds.per_unit), integer_error);
+    store(bounds.margin, select(less(margin, broadcast(kLargestMargin)), to_i32(margin),
+                              broadcast(std::int32_t{-1})));
+
+    const F32 moved = multiply_add(add(norm, broadcast(radius_)), broadcast(0x1p-21f),
+                                   add(off, broadcast(code_rounding_)));
+    store(bounds.zero, rounding.sum);
+    for (int m = 0; m < kLanes; ++m) bounds.zero[m] *= Integers::kCodeZero;
+    store(bounds.half_norm, add(half_norm, integer_error));
+    store(bounds.slope, l2 ? mul(moved, square_root(mul(per_unit, broadcast(8.1f)))) : per_unit);
+    store(bounds.offset, l2 ? multiply_add(mul(moved, moved), broadcast(2.01f * bounds.per_unit),
+                                         add(integer_error, integer_error))
+                          : broadcast(2 * kLargestMargin));
   }
 
-  void scan(std::int64_t tiles, std::int64_t count) {
+  void scan(std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
-      const bool given_up = tiles_[i / kTileRows].margin[i % kTileRows] < 0;
       best_[i] = INT32_MIN;
-      candidates_[i] = given_up ? kGivenUp : 0;
-      threshold_[i] = given_up ? INT32_MAX : INT32_MIN;
+      candidates_[i] = bounds_[i / kLanes].margin[i % kLanes] < 0 ? kGivenUp : 0;
     }
-    const std::int64_t steps = coarse_steps<Integers>(d_), panel_bytes = steps * kCoarseCodes * 4;
     const int group = coarse_group(d_);
-    alignas(64) Maxima maxima[kTileRows];
+    alignas(64) Maxima maxima[kLanes];
     for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
       const int size = static_cast<int>(smaller(group, panels_.end - p));
-      for (std::int64_t i = 0; i < tiles; ++i) {
-        const std::uint8_t* rows = rows_ + i * kTileRows * stride_;
-        for (int q = 0; q < size; ++q) {
-          I32 largest[kTileRows];
-          coarse_maxima<Integers>(coarse_.panels + (p + q) * panel_bytes,
-                                  coarse_.half_norms + (p + q) * kCoarseCodes, rows, stride_, steps,
-                                  tiles_[i].per_unit, largest);
+      for (std::int64_t i = 0; i < count; i += kLanes) {
+        for (int tile = 0; tile < kLanes && i + tile < count; tile += kTileRows) {
+          for (int q = 0; q < size; ++q) {
+            I32 sums[kTileRows][kCoarseVectors];
+            score<kTileRows>(p + q, i + tile, sums);
 #pragma GCC unroll 8
-          for (int m = 0; m < kTileRows; ++m) store(maxima[m][q], largest[m]);
+            for (int m = 0; m < kTileRows; ++m) {
+              I32 largest = sums[m][0];
+#pragma GCC unroll 4
+              for (int v = 1; v < kCoarseVectors; ++v) largest = max(largest, sums[m][v]);
+              store(maxima[tile + m][q], largest);
+            }
+          }
         }
-        const int rows_here = static_cast<int>(smaller(kTileRows, count - i * kTileRows));
-        for (int m = 0; m < rows_here; ++m) {
-          collect(maxima[m], size, p, i * kTileRows + m, tiles_[i].margin[m]);
+        collect(maxima, size, p, i);
+      }
+    }
+  }
+
+  // Of the rows [i, i + kRows), all of one step, against panel p.
+  template <int kRows>
+  T2P_INLINE void score(std::int64_t p, std::int64_t i, I32 (&sums)[kRows][kCoarseVectors]) const {
+    score_integers<Integers, kRows>(
+        coarse_.panels + p * steps_ * kCoarseCodes * 4, coarse_.half_norms + p * kCoarseCodes,
+        rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_,
+        bounds_[i / kLanes].per_unit, sums);
+  }
+
+  // Notes the lanes of a group of panels that may hold the nearest codes of the rows [i, i +
+  // kLanes). Past the first group there are hardly any.
+  T2P_INLINE void collect(const Maxima (&maxima)[kLanes], int size, std::int64_t first_panel,
+                          std::int64_t i) {
+    I32 largest[kLanes];
+    for (int m = 0; m < kLanes; ++m) {
+      largest[m] = load(maxima[m][0]);
+      for (int q = 1; q < size; ++q) largest[m] = max(largest[m], load(maxima[m][q]));
+    }
+    const I32 top = reduce_max_each(largest);
+    raise_threshold(i, top);
+    std::uint32_t rows = bits(not_less(top, load(threshold_ + i)));
+    for (; rows; rows &= rows - 1) {
+      const int m = __builtin_ctz(rows);
+      const I32 threshold = broadcast(threshold_[i + m]);
+      I32 hits = broadcast(0);
+      for (int q = 0; q < size; ++q) {
+        hits = set_bits(not_less(load(maxima[m][q]), threshold), hits, broadcast(1 << q));
+      }
+      alignas(64) std::int32_t panels[kLanes];
+      store(panels, hits);
+      for (std::uint32_t lanes = bits(less(broadcast(0), hits)); lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        for (auto left = static_cast<std::uint32_t>(panels[lane]); left; left &= left - 1) {
+          const int q = __builtin_ctz(left);
+          note(i + m, maxima[m][q][lane], (first_panel + q) * kLanes + lane);
         }
       }
     }
   }
 
-  // Notes the lanes of a group of panels that may hold row i's nearest code.
-  T2P_INLINE void collect(const Maxima& maxima, int size, std::int64_t first_panel, std::int64_t i,
-                          std::int32_t margin) {
-    if (threshold_[i] != INT32_MIN) {  // past the first group most have nothing to add
-      I32 largest = load(maxima[0]);
-      for (int q = 1; q < size; ++q) largest = max(largest, load(maxima[q]));
-      if (!bits(not_less(largest, broadcast(threshold_[i])))) return;
-    }
-    I32 largest = load(maxima[0]), second = broadcast(INT32_MIN), panel = broadcast(0);
-    for (int q = 1; q < size; ++q) {
-      const I32 score = load(maxima[q]);
-      second = max(second, min(largest, score));
-      panel = select(not_less(largest, score), panel, broadcast(q));
-      largest = max(largest, score);
-    }
-    const std::int32_t top = reduce_max(largest);
-    best_[i] = top > best_[i] ? top : best_[i];
-    // Padding, and nothing else, is below all of this.
-    if (best_[i] < INT32_MIN / 2) return give_up(i);
-    threshold_[i] = best_[i] - margin;
-    const I32 threshold = broadcast(threshold_[i]);
-    if (bits(not_less(second, threshold))) {
-      for (int q = 0; q < size && candidates_[i] != kGivenUp; ++q) {
-        note(i, bits(not_less(load(maxima[q]), threshold)), maxima[q], broadcast(q), first_panel);
+  // The best integers of the rows [i, i + kLanes), and how low those of their nearest codes may be.
+  T2P_INLINE void raise_threshold(std::int64_t i, I32 top) {
+    const RowBounds& bounds = bounds_[i / kLanes];
+    const I32 best = max(load(best_ + i), top), given = load(bounds.margin);
+    store(best_ + i, best);
+    const F32 squared = sub(load(bounds.half_norm), to_f32(sub(best, load(bounds.zero))));
+    const F32 margin = multiply_add(load(bounds.slope), square_root(max(squared, broadcast(0.f))),
+                                    load(bounds.offset));
+    const I32 smaller_margin = select(less(margin, to_f32(given)), to_i32(margin), given);
+    // Padding, and nothing else, is below all of the others.
+    const M32 none = less(best, broadcast(INT32_MIN / 2));
+    if (bits(none)) {
+      alignas(64) std::int32_t found[kLanes];
+      store(found, best);
+      for (int m = 0; m < kLanes; ++m) {
+        if (found[m] < INT32_MIN / 2) give_up(i + m);
       }
-      return;
     }
-    alignas(64) std::int32_t score[kLanes];
-    store(score, largest);
-    note(i, bits(not_less(largest, threshold)), score, panel, first_panel);
+    store(threshold_ + i, select(less(load(bounds.margin), broadcast(0)), broadcast(INT32_MAX),
+                                 sub(best, smaller_margin)));
   }
 
-  // Adds the lanes that are set in `left` to the list of row i.
-  T2P_INLINE void note(std::int64_t i, std::uint32_t left, const std::int32_t (&score)[kLanes],
-                       I32 panel, std::int64_t first_panel) {
-    alignas(64) std::int32_t panels[kLanes];
-    store(panels, panel);
-    for (; left; left &= left - 1) {
-      const int lane = __builtin_ctz(left);
-      if (candidates_[i] >= kMaxCandidates) {
-        candidates_[i] = drop_candidates(i, candidates_[i]);
-        if (candidates_[i] >= kMaxCandidates) return give_up(i);
-      }
-      const int count = candidates_[i]++;
-      score_[i][count] = score[lane];
-      place_[i][count] = static_cast<std::int32_t>((first_panel + panels[lane]) * kLanes + lane);
+  T2P_INLINE void note(std::int64_t i, std::int32_t score, std::int64_t place) {
+    if (candidates_[i] >= kMaxCandidates) {
+      if (candidates_[i] == kGivenUp) return;
+      candidates_[i] = drop_candidates(i, candidates_[i]);
+      if (candidates_[i] >= kMaxCandidates) return give_up(i);
     }
+    const int count = candidates_[i]++;
+    score_[i][count] = score;
+    place_[i][count] = static_cast<std::int32_t>(place);
   }
 
   void give_up(std::int64_t i) {
     candidates_[i] = kGivenUp;
-    threshold_[i] = INT32_MAX;
+    bounds_[i / kLanes].margin[i % kLanes] = -1;
   }
 
   // Keeps what is still above the threshold of row i.
@@ -276,45 +310,97 @@ class CoarseSearch {
     return kept;
   }
 
-  T2P_INLINE void resolve(std::int64_t i, double& distance, std::int64_t& index) {
-    Nearest nearest{double{kInfinity}, kUndecided};
-    if (candidates_[i] != kGivenUp) {
-      const int count = drop_candidates(i, candidates_[i]);
-      std::int32_t code[kMaxCandidates * kCoarseVectors + kOfferRoom];
-      for (int c = 0; c < count; ++c) {
-        const std::int32_t place = place_[i][c], lane = place % kLanes;
-        const std::int32_t first = (place - lane) * kCoarseVectors + lane;
-        for (int v = 0; v < kCoarseVectors; ++v) code[c * kCoarseVectors + v] = first + v * kLanes;
+  // The nearest of what is noted for the rows [i, i + count). Each step is taken for all of them,
+  // with few branches in between: the chains of instructions are long, and have to overlap.
+  void resolve(std::int64_t i, std::int64_t count, double* distance, std::int64_t* indices) {
+    int lanes = 0, begin[kResolvedRows + 1];
+    std::int32_t row[kResolvedRows * kMaxCandidates], place[kResolvedRows * kMaxCandidates];
+    for (std::int64_t r = 0; r < count; ++r) {
+      begin[r] = lanes;
+      const int noted = candidates_[i + r] == kGivenUp ? 0 : candidates_[i + r];
+      for (int c = 0; c < noted; ++c) {
+        row[lanes] = static_cast<std::int32_t>(r);
+        place[lanes] = place_[i + r][c];
+        lanes += score_[i + r][c] >= threshold_[i + r];
       }
-      offer_codes(codebook_, row_[i], code, count * kCoarseVectors, nearest);
     }
-    distance = nearest.distance;
-    index = nearest.index;
+    begin[count] = lanes;
+    Nearest nearest[kResolvedRows];
+    for (std::int64_t r = 0; r < count; ++r) nearest[r] = {double{kInfinity}, kUndecided};
+    if (d_ <= kRescoredChannels) {
+      offer_rescored(i, row, place, lanes, nearest);
+    } else {
+      for (std::int64_t r = 0; r < count; ++r) {
+        offer_lanes(i + r, place + begin[r], begin[r + 1] - begin[r], nearest[r]);
+      }
+    }
+    for (std::int64_t r = 0; r < count; ++r) {
+      distance[r] = nearest[r].distance;
+      indices[r] = nearest[r].index;
+    }
+  }
+
+  // Scores the codes of lanes place[count] of rows i + row[count] again, and offers those that pass.
+  T2P_INLINE void offer_rescored(std::int64_t i, const std::int32_t* row, const std::int32_t* place,
+                                 int count, Nearest* nearest) {
+    constexpr int kMost = kResolvedRows * kMaxCandidates * kCoarseVectors;
+    std::int32_t code_row[kMost + 1], code[kMost + 1];
+    int codes = 0;
+    for (int c = 0; c < count; ++c) {
+      const std::int32_t panel = place[c] / kLanes, lane = place[c] % kLanes;
+      const I32 threshold = broadcast(threshold_[i + row[c]]);
+      I32 sums[1][kCoarseVectors];
+      score<1>(panel, i + row[c], sums);
+#pragma GCC unroll 4
+      for (int v = 0; v < kCoarseVectors; ++v) {
+        code_row[codes] = row[c];
+        code[codes] = panel * kCoarseCodes + v * kLanes + lane;
+        codes += static_cast<int>(bits(not_less(sums[0][v], threshold)) >> lane & 1);
+      }
+    }
+    offer_each(codebook_, row_ + i * stride_, stride_, code_row, code, codes, nearest);
+  }
+
+  // Offers all codes of lanes place[count] of row i.
+  T2P_INLINE void offer_lanes(std::int64_t i, const std::int32_t* place, int count,
+                              Nearest& nearest) {
+    std::int32_t code[kMaxCandidates * kCoarseVectors + kOfferRoom];
+    for (int c = 0; c < count; ++c) {
+      const std::int32_t panel = place[c] / kLanes, lane = place[c] % kLanes;
+      for (int v = 0; v < kCoarseVectors; ++v) {
+        code[c * kCoarseVectors + v] = panel * kCoarseCodes + v * kLanes + lane;
+      }
+    }
+    if (count) {
+      offer_codes(codebook_, row_ + i * stride_, code, count * kCoarseVectors, nearest);
+    }
   }
 
   static constexpr int kGivenUp = kMaxCandidates + 1;
+  static constexpr std::int64_t kResolvedRows = 16;
   using Candidates = std::int32_t[kMaxCandidates];
 
   const Codebook& codebook_;
   const CoarseCodebook& coarse_;
   const Rows<const float>& x_;
   const PanelRange panels_;
-  const std::int64_t d_, stride_;
-  std::uint8_t* const rows_;  // [kCoarseBlockRows, stride_]
+  const std::int64_t d_, steps_;
+  std::uint8_t* const rows_;  // [kCoarseBlockRows / kLanes, steps, kLanes, 4]
   float* const staged_;       // [kCoarseBlockRows, d], as they came
   const float radius_, code_rounding_;
   const TwiceErrorBound float_error_;
-  const float* row_[kCoarseBlockRows];
-  CoarseTile tiles_[kCoarseBlockRows / kTileRows];
+  const float* row_ = nullptr;  // the first, as they came
+  std::int64_t stride_ = 0;
+  RowBounds bounds_[kCoarseBlockRows / kLanes];
   std::int32_t best_[kCoarseBlockRows], threshold_[kCoarseBlockRows];
   int candidates_[kCoarseBlockRows];
   Candidates score_[kCoarseBlockRows], place_[kCoarseBlockRows];  // place = panel * kLanes + lane
 };
 
 std::int64_t coarse_scratch_size(std::int64_t d) {
-  const std::int64_t stride =
-      coarse_stride(d > kMaxWordChannels ? Format::kBytes : Format::kWords, d);
-  return kCoarseBlockRows * (stride + d * std::int64_t{sizeof(float)});
+  const std::int64_t steps =
+      d > kMaxWordChannels ? coarse_steps<Bytes>(d) : coarse_steps<Words>(d);
+  return kCoarseBlockRows * (4 * steps + d * std::int64_t{sizeof(float)});
 }
 
 void coarse_block(const Codebook& codebook, const CoarseCodebook& coarse,

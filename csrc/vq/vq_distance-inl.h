@@ -167,5 +167,45 @@ inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t
   }
 }
 
+template <Metric kMetric>
+T2P_INLINE double distance_of(const Codebook& codebook, const float* row, std::int64_t index) {
+  constexpr int kStep = kLanes / 2;
+  const float* code = codebook.codes + index * codebook.d;
+  Sums<kMetric> sums;
+  sums.start();
+  for (std::int64_t t = 0; t < codebook.d; t += kStep) {
+    const int left = static_cast<int>(smaller(kStep, codebook.d - t));
+    sums.add_channels(load_f64_first(row + t, left), load_f64_first(code + t, left));
+  }
+  if constexpr (kMetric == Metric::kL2) return reduce_add(sums.squares);
+  const double product = -reduce_add(sums.product);
+  if constexpr (kMetric == Metric::kDot) return product;
+  const double norm = __builtin_sqrt(reduce_add(sums.squares));
+  return product / (norm > 1e-300 ? norm : 1e-300);
+}
+
+template <Metric kMetric>
+T2P_INLINE void offer_each(const Codebook& codebook, const float* rows, std::int64_t stride,
+                           const std::int32_t* row, const std::int32_t* code, int count,
+                           Nearest* nearest) {
+  for (int c = 0; c < count; ++c) {
+    const double distance = distance_of<kMetric>(codebook, rows + row[c] * stride, code[c]);
+    if (distance < double{__builtin_inff()}) nearest[row[c]].offer(distance, code[c]);
+  }
+}
+
+// Offers code[c] to row row[c], for all c < count.
+inline void offer_each(const Codebook& codebook, const float* rows, std::int64_t stride,
+                       const std::int32_t* row, const std::int32_t* code, int count,
+                       Nearest* nearest) {
+  if (codebook.metric == Metric::kL2) {
+    offer_each<Metric::kL2>(codebook, rows, stride, row, code, count, nearest);
+  } else if (codebook.metric == Metric::kDot) {
+    offer_each<Metric::kDot>(codebook, rows, stride, row, code, count, nearest);
+  } else {
+    offer_each<Metric::kCosine>(codebook, rows, stride, row, code, count, nearest);
+  }
+}
+
 }  // namespace
 }  // namespace t2p::vq::T2P_ISA_NAMESPACE

@@ -15,14 +15,14 @@ namespace {
 constexpr int kCoarseVectors = kLanes == 8 ? 2 : 3;
 constexpr int kCoarseCodes = kCoarseVectors * kLanes;
 
-// What a panel is made of: its ranges, how it is stored, and its dot product.
+// What a panel is made of: its ranges, how four channels are stored, and its dot product.
 struct Bytes {
   static constexpr int kChannels = 4;  // in 32 bits
   static constexpr int kCodeZero = (kLargestByte + 1) / 2;
   static constexpr int kCodeRange = kLargestByte / 2;  // 127 or 63 either side of the zero
   static constexpr int kRowRange = 127;
-  static T2P_INLINE void store_integers(std::uint8_t* p, std::int64_t i, I32 a) {
-    store_bytes(p + i, a);
+  static T2P_INLINE void store_channels(const I32 (&a)[4], std::uint8_t* to, std::int64_t) {
+    store(reinterpret_cast<std::int32_t*>(to), join_bytes(a));
   }
   static T2P_INLINE I32 dot(I32 sum, I32 codes, I32 rows) { return dot_bytes(sum, codes, rows); }
 };
@@ -32,8 +32,9 @@ struct Words {
   static constexpr int kCodeZero = 0;
   static constexpr int kCodeRange = 8191;
   static constexpr int kRowRange = 8191;
-  static T2P_INLINE void store_integers(std::uint8_t* p, std::int64_t i, I32 a) {
-    store_words(reinterpret_cast<std::int16_t*>(p) + i, a);
+  static T2P_INLINE void store_channels(const I32 (&a)[4], std::uint8_t* to, std::int64_t stride) {
+    store(reinterpret_cast<std::int32_t*>(to), join_words(a[0], a[1]));
+    store(reinterpret_cast<std::int32_t*>(to + stride), join_words(a[2], a[3]));
   }
   static T2P_INLINE I32 dot(I32 sum, I32 codes, I32 rows) { return dot_words(sum, codes, rows); }
 };
@@ -43,16 +44,59 @@ struct Words {
 constexpr std::int64_t kMaxByteChannels = 32768, kMaxWordChannels = 16;
 constexpr float kLargestHalfNorm = 0x1p29f, kLargestMargin = 0x1p28f;
 
+// Four channels are rounded at a time, so the last ones are filled up with zeros.
 template <class Integers>
 T2P_INLINE std::int64_t coarse_steps(std::int64_t d) {
-  return (d + Integers::kChannels - 1) / Integers::kChannels;
+  return (d + 3) / 4 * (4 / Integers::kChannels);
 }
 
-// Bytes between two rows: room for a vector behind each, and no power of two.
-T2P_INLINE std::int64_t coarse_stride(Format format, std::int64_t d) {
-  const std::int64_t bytes = format == Format::kWords ? 2 * d : d;
-  return (bytes + 2 * kLanes + 63) / 64 * 64 + (d >= 64 ? 64 : 0);
+// Channels t to t + 3 of the `count` vectors at p, p + stride, ..., less those of `center`, the
+// vectors side by side; what lies beyond the count or the d channels is 0.
+T2P_INLINE void load_channels(const float* p, std::int64_t stride, std::int64_t count,
+                              const float* center, std::int64_t t, std::int64_t d,
+                              F32 (&channel)[4]) {
+  if (count >= kLanes && t + 4 <= d) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) channel[i] = load_quads(p + i * stride + t, 4 * stride);
+    transpose_quads(channel);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) channel[i] = sub(channel[i], broadcast(center[t + i]));
+    return;
+  }
+  for (std::int64_t i = 0; i < 4; ++i) {
+    float values[kLanes]{};
+    for (std::int64_t m = 0; t + i < d && m < smaller(count, kLanes); ++m) {
+      values[m] = p[m * stride + t + i] - center[t + i];
+    }
+    channel[i] = load(values);
+  }
 }
+
+// Rounds kLanes vectors, and measures them and what rounding did.
+struct Rounding {
+  F32 step, per_step;
+  F32 squares = broadcast(0.f);       // of the values
+  F32 near_squares = broadcast(0.f);  // of the integers, in steps
+  F32 off_squares = broadcast(0.f);   // of what is between them
+  I32 sum = broadcast(0);             // of the integers
+
+  template <class Integers>
+  T2P_INLINE void round(const F32 (&channel)[4], std::int32_t zero, std::uint8_t* to,
+                        std::int64_t stride) {
+    I32 integers[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const I32 rounded = to_i32(mul(channel[i], per_step));
+      const F32 near = mul(step, to_f32(rounded)), off = sub(channel[i], near);
+      squares = multiply_add(channel[i], channel[i], squares);
+      near_squares = multiply_add(near, near, near_squares);
+      off_squares = multiply_add(off, off, off_squares);
+      sum = add(sum, rounded);
+      integers[i] = add(rounded, broadcast(zero));
+    }
+    Integers::store_channels(integers, to, stride);
+  }
+};
 
 std::int64_t coarse_panel_bytes(Format format, std::int64_t d) {
   const std::int64_t steps =
@@ -88,65 +132,34 @@ template <class Integers>
 T2P_INLINE void pack_integers(const Codebook& codebook, std::int64_t first, std::int64_t count,
                               float scale, std::uint8_t* panel, float* half_norms,
                               float& largest_half_norm, float& largest_rounding) {
-  const std::int64_t d = codebook.d;
-  const float* codes = codebook.scored + first * d;
-  const float* center = codebook.center;
-  constexpr int kChannels = Integers::kChannels;
-  const std::int64_t steps = coarse_steps<Integers>(d);
-  const F32 step = broadcast(scale), per_step = broadcast(1 / scale);
-  const I32 zero = broadcast(std::int32_t{Integers::kCodeZero});
-  constexpr int kQuads = kLanes / 4;  // codes whose four channels share a vector
-  for (std::int64_t j = 0; j < kCoarseCodes; j += kQuads) {
-    F32 squares = broadcast(0.f), rounding = broadcast(0.f);
-    const bool whole = j + kQuads <= count;
+  const std::int64_t d = codebook.d, steps = coarse_steps<Integers>(d);
+  constexpr std::int64_t kStride = 4 * kCoarseCodes;
+  for (std::int64_t j = 0; j < kCoarseCodes; j += kLanes) {
+    Rounding rounding{broadcast(scale), broadcast(1 / scale)};
+    std::uint8_t* to = panel + 4 * j;
     for (std::int64_t t = 0; t < d; t += 4) {
-      F32 value;
-      if (whole && t + 4 <= d) {
-        value = sub(load_quads(codes + j * d + t, d), load_quads(center + t, 0));
-      } else {
-        float staged[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const std::int64_t code = j + i / 4, u = t + i % 4;
-          staged[i] = code < count && u < d ? codes[code * d + u] - center[u] : 0.0f;
-        }
-        value = load(staged);
-      }
-      const I32 rounded = to_i32(mul(value, per_step));
-      const I32 integers = add(rounded, zero);
-      if constexpr (kChannels == 4) {
-        store_bytes(panel + (t * kCoarseCodes + j * 4), integers);
-      } else {
-        // The first two channels of each code belong to one step, the others to the next.
-        std::int16_t words[2 * kLanes];
-        store_words(words, integers);
-        for (int i = 0; i < kLanes; i += 2) {
-          const std::int64_t s = t / 2 + i / 2 % 2;
-          if (s < steps) __builtin_memcpy(panel + (s * kCoarseCodes + j + i / 4) * 4, words + i, 4);
-        }
-      }
-      const F32 off = multiply_subtract_from(step, to_f32(rounded), value);
-      squares = multiply_add(value, value, squares);
-      rounding = multiply_add(off, off, rounding);
+      F32 channel[4];
+      load_channels(codebook.scored + (first + j) * d, d, count - j, codebook.center, t, d,
+                    channel);
+      rounding.round<Integers>(channel, Integers::kCodeZero, to, kStride);
+      to += 4 / Integers::kChannels * kStride;
     }
     float square[kLanes], off[kLanes];
-    store(square, squares);
-    store(off, rounding);
-    for (int i = 0; i < kQuads; ++i) {
-      const float* s = square + 4 * i;
-      const float* r = off + 4 * i;
-      const float half = 0.5f * ((s[0] + s[1]) + (s[2] + s[3]));
-      const float error = (r[0] + r[1]) + (r[2] + r[3]);
-      half_norms[j + i] = -half;
+    store(square, rounding.squares);
+    store(off, rounding.off_squares);
+    store(half_norms + j, mul(rounding.near_squares, broadcast(-0.5f)));
+    for (std::int64_t i = 0; i < kLanes; ++i) {
+      const float half = 0.5f * square[i];
       if (j + i < count && __builtin_isfinite(half)) {
         if (half > largest_half_norm) largest_half_norm = half;
-        if (error > largest_rounding) largest_rounding = error;
+        if (off[i] > largest_rounding) largest_rounding = off[i];
         if (codebook.metric != Metric::kL2) half_norms[j + i] = 0;
         continue;
       }
       // Padding, or a code with a NaN: converted to an integer it is the least of all.
       half_norms[j + i] = -kInfinity;
       for (std::int64_t t = 0; t < steps; ++t) {
-        __builtin_memset(panel + (t * kCoarseCodes + j + i) * 4, 0, 4);
+        __builtin_memset(panel + t * kStride + 4 * (j + i), 0, 4);
       }
     }
   }
