@@ -7,14 +7,15 @@
 // vector and lane: together they transpose a matrix of kLanes rows four columns at a time.
 //
 // reduce_add_each reduces as many vectors of doubles as one has lanes, each in the order of
-// reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on out of `rest`. store_chosen writes the
-// lanes that are set in a mask side by side and returns their number; it may write a whole vector.
+// reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
+// out of `rest`. store_chosen writes the lanes that are set in a mask side by side and returns
+// their number; it may write a whole vector.
 //
 // join_words and join_bytes put the low halves or bytes of their operands side by side in every
-// lane, the first lowest. dot_words adds to every lane of a sum the two products of the signed 16-bit numbers in it,
-// dot_bytes the four products of its unsigned bytes `a` and signed bytes `b`. AVX-512 VNNI has an
-// instruction for it; elsewhere the products of two neighbours are first added up in 16 bits, so
-// bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
+// lane, the first lowest. dot_words adds to every lane of a sum the two products of the signed
+// 16-bit numbers in it, dot_bytes the four products of its unsigned bytes `a` and signed bytes `b`.
+// AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
+// up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
 // min and max give `b` where either operand is a NaN.
 //

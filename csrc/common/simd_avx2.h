@@ -113,9 +113,7 @@ T2P_INLINE std::int32_t reduce_max(I32 a) {
 T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) {
   return {_mm256_or_si256(a.v, _mm256_and_si256(_mm256_castps_si256(m.v), b.v))};
 }
-T2P_INLINE M32 less(I32 a, I32 b) {
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
-}
+T2P_INLINE M32 less(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
 T2P_INLINE F32 magnitude(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 T2P_INLINE float reduce_max(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

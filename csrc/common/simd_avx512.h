@@ -90,9 +90,7 @@ T2P_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 T2P_INLINE I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 T2P_INLINE M32 not_less(I32 a, I32 b) { return {_mm512_cmpge_epi32_mask(a.v, b.v)}; }
 T2P_INLINE std::int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a.v); }
-T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) {
-  return {_mm512_mask_or_epi32(a.v, m.v, a.v, b.v)};
-}
+T2P_INLINE I32 set_bits(M32 m, I32 a, I32 b) { return {_mm512_mask_or_epi32(a.v, m.v, a.v, b.v)}; }
 T2P_INLINE M32 less(I32 a, I32 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 T2P_INLINE F32 magnitude(F32 a) { return {_mm512_abs_ps(a.v)}; }
 T2P_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
@@ -157,7 +155,8 @@ T2P_INLINE I32 join_words(I32 a, I32 b) {
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, a.v, _mm512_slli_epi32(b.v, 16))};
 }
 T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
-  const __m512i low = _mm512_mask_blend_epi8(0x2222222222222222, a[0].v, _mm512_slli_epi32(a[1].v, 8));
+  const __m512i low =
+      _mm512_mask_blend_epi8(0x2222222222222222, a[0].v, _mm512_slli_epi32(a[1].v, 8));
   const __m512i high =
       _mm512_mask_blend_epi8(0x2222222222222222, a[2].v, _mm512_slli_epi32(a[3].v, 8));
   return join_words({low}, {high});

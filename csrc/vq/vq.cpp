@@ -19,8 +19,8 @@ namespace {
 
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
-// With so few channels the comparisons that words save weigh more than the time they take.
-constexpr std::int64_t kMostWordChannels = 2;
+// With so few channels words take no more time than bytes, or may pay for themselves.
+constexpr std::int64_t kLeastByteChannels = 3, kMostWordChannels = 8;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -40,6 +40,30 @@ Buffer<float> center_of(const float* codebook, std::int64_t k, std::int64_t d) {
     center[t] = std::isfinite(mean) ? mean : 0.0f;
   }
   return center;
+}
+
+// Words take twice the time of bytes, which leave more codes to compare. How many is estimated: of
+// codes that are spread evenly, with the mean deviation s from the centre, the one nearest to a row
+// is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the largest deviation.
+// A row's comparison with one code weighs as much as a scan of about 1000.
+Format choose_format(const Codebook& codebook, float magnitude) {
+  const std::int64_t k = codebook.k, d = codebook.d;
+  if (d > kMostWordChannels) return Format::kBytes;
+  if (d < kLeastByteChannels) return Format::kWords;
+  const std::int64_t samples = std::min<std::int64_t>(k, 256);
+  double deviation = 0;
+  for (std::int64_t s = 0; s < samples; ++s) {
+    for (std::int64_t t = 0; t < d; ++t) {
+      const float value = codebook.scored[s * k / samples * d + t] - codebook.center[t];
+      if (std::isfinite(value)) deviation += std::abs(value);
+    }
+  }
+  deviation /= static_cast<double>(samples * d);
+  const double channels = static_cast<double>(d), codes = static_cast<double>(k);
+  const double widening =
+      0.0025 * std::sqrt(channels) * magnitude / deviation * std::pow(codes, 1 / channels);
+  const double compared = std::pow(1 + widening, channels) - 1;
+  return compared < codes / 1000 ? Format::kBytes : Format::kWords;
 }
 
 void check_index(const char* op, std::int64_t index, std::int64_t k) {
@@ -88,7 +112,6 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
                    std::int64_t* indices) {
   const std::int64_t n = x.count(), k = codebook.k, d = codebook.d;
   const std::int64_t width = kernels.coarse_codes, panels = ceil_div(k, width);
-  const Format format = d <= kMostWordChannels ? Format::kWords : Format::kBytes;
   constexpr std::int64_t kPanelsPerTask = 8;
   const std::int64_t tasks = ceil_div(panels, kPanelsPerTask);
   const Buffer<float> magnitude(tasks), half_norm(tasks), rounding(tasks);
@@ -100,8 +123,9 @@ void search_coarse(const SearchKernels& kernels, const Codebook& codebook,
                        end = std::min(first + kPanelsPerTask, panels);
     magnitude[task] = kernels.largest_magnitude(codebook, first * width, codes_of(first, end));
   });
-  const float scale = kernels.coarse_scale(
-      format, *std::max_element(magnitude.data(), magnitude.data() + tasks), d);
+  const float largest = *std::max_element(magnitude.data(), magnitude.data() + tasks);
+  const Format format = choose_format(codebook, largest);
+  const float scale = kernels.coarse_scale(format, largest, d);
   if (scale == 0) {
     std::fill_n(indices, n, kUndecided);
     return;

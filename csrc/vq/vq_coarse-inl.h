@@ -1,25 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The coarse stage: all codes scored in small integers, few compared in float64. Included by
-// vq-inl.h, once per ISA.
-//
-// With x ~ x' = a p and c ~ c' = b (q - z), p and q integers, the score |c|^2/2 - x.c orders codes
-// about as the integer p.(q - z) - |c'|^2/(2ab) does, largest first; z p.1 is left in, since it is
-// the same for all of them. Two bounds say how far below the largest integer the nearest code's may be, and the smaller holds:
-//
-// - The score is off by at most E = |x - x'| |c| + |x'| |c - c'|, and for kL2 by |c - c'| |c| more,
-//   so it is at most 2E/(ab) below.
-// - For kL2, |x - c| and |x' - c'| differ by at most e = |x - x'| + |c - c'|, so the nearest code's
-//   |x' - c'| is at most D + 2e if the least of them is D: it is (2eD + 2e^2)/(ab) below, which is
-//   little where codes are near to rows that are far from the centre.
-//
-// To both come the roundings of float32. The norms of x, x' and x - x' are measured for every row;
-// for those of c, c' and c - c' the largest of all codes serve.
+// The coarse stage: all codes are scored in small integers, and those whose integers the bounds of
+// vq_bounds-inl.h let pass, few, compared in float64. Included by vq-inl.h, once per ISA.
 #pragma once
 
 #include <cstdint>
 
 #include "common/simd.h"
 #include "vq/search.h"
+#include "vq/vq_bounds-inl.h"
 #include "vq/vq_distance-inl.h"
 #include "vq/vq_integers-inl.h"
 #include "vq/vq_panel-inl.h"
@@ -42,16 +30,6 @@ T2P_INLINE int coarse_group(std::int64_t d) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
   return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, kMaxCoarseGroup));
 }
-
-// What turns the scores of kLanes rows into integers, and what bounds them, row by row.
-struct RowBounds {
-  float per_unit;               // 1 / (ab); 0 if the rows cannot be used
-  std::int32_t margin[kLanes];  // 2E / (ab); -1 gives a row up
-  std::int32_t zero[kLanes];    // z p.1
-  float half_norm[kLanes];      // |x'|^2 / (2ab): less the integer it is |x' - c'|^2 / (2ab)
-  float slope[kLanes];          // (2eD + 2e^2) / (ab) = slope * sqrt(D^2 / (2ab)) + offset
-  float offset[kLanes];
-};
 
 // sums[m][v] = the integers of row m against the codes of vector v of a panel.
 template <class Integers, int kRows>
@@ -100,9 +78,7 @@ class CoarseSearch {
         steps_(coarse_steps<Integers>(d_)),
         rows_(scratch),
         staged_(reinterpret_cast<float*>(scratch + kCoarseBlockRows * 4 * steps_)),
-        radius_(norm_bound(2 * coarse.largest_half_norm, d_)),
-        code_rounding_(norm_bound(coarse.largest_rounding, d_)),
-        float_error_(radius_, d_) {}
+        code_bounds_(codebook, coarse) {}
 
   void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
     stage_rows(first, count);
@@ -147,7 +123,6 @@ class CoarseSearch {
     const float scale = range > floor ? range : floor;
     const float unit = scale * coarse_.scale;
     const bool usable = unit > 1e-30f && unit < 1e30f;
-    bounds.per_unit = usable ? 1 / unit : 0.0f;
     Rounding rounding{broadcast(scale), broadcast(usable ? 1 / scale : 0.0f)};
     std::uint8_t* to = rows_ + i * 4 * steps_;
     for (std::int64_t t = 0; t < d_; t += 4) {
@@ -155,42 +130,8 @@ class CoarseSearch {
       rounding.template round<Integers>(channel, 0, to, 4 * kLanes);
       to += 4 / Integers::kChannels * 4 * kLanes;
     }
-    bound_rows(rounding, bounds);
+    code_bounds_.bound_rows(rounding, usable ? 1 / unit : 0.0f, Integers::kCodeZero, bounds);
     for (std::int64_t m = usable ? count : 0; m < kLanes; ++m) bounds.margin[m] = -1;
-  }
-
-  // norm_bound, then E, then e.
-  T2P_INLINE void bound_rows(const Rounding& rounding, RowBounds& bounds) {
-    const bool l2 = codebook_.metric == Metric::kL2;
-    const F32 tiny = broadcast(static_cast<float>(d_) * kSmallestNormal), slack = broadcast(1.001f);
-    const F32 off = mul(slack, square_root(add(rounding.off_squares, tiny)));
-    const F32 norm = add(mul(slack, square_root(add(rounding.squares, tiny))), off);
-    const F32 per_unit = broadcast(bounds.per_unit);
-
-    // What sums of d squares, and float32 numbers that became integers, are off by.
-    const float relative = static_cast<float>(d_ + 32) * 0x1p-24f;
-    const F32 half_norm = mul(rounding.near_squares, broadcast(0.5f * bounds.per_unit));
-    const float code_half_norm = 1.01f * coarse_.largest_half_norm * bounds.per_unit;
-    const F32 integer_error = multiply_add(add(half_norm, broadcast(code_half_norm)),
-                                           broadcast(relative + 0x1p-20f), broadcast(4.f));
-
-    F32 error = mul(off, broadcast(2.01f * radius_));
-    error = multiply_add(norm, broadcast(2.01f * code_rounding_ + float_error_.slope), error);
-    error = add(error, broadcast(float_error_.slope * radius_ + float_error_.tiny));
-    if (l2) error = add(error, broadcast(2.01f * code_rounding_ * (radius_ + code_rounding_)));
-    const F32 margin = multiply_add(error, broadcast(1.01f * bounds.per_unit), integer_error);
-    store(bounds.margin, select(less(margin, broadcast(kLargestMargin)), to_i32(margin),
-                              broadcast(std::int32_t{-1})));
-
-    const F32 moved = multiply_add(add(norm, broadcast(radius_)), broadcast(0x1p-21f),
-                                   add(off, broadcast(code_rounding_)));
-    store(bounds.zero, rounding.sum);
-    for (int m = 0; m < kLanes; ++m) bounds.zero[m] *= Integers::kCodeZero;
-    store(bounds.half_norm, add(half_norm, integer_error));
-    store(bounds.slope, l2 ? mul(moved, square_root(mul(per_unit, broadcast(8.1f)))) : per_unit);
-    store(bounds.offset, l2 ? multiply_add(mul(moved, moved), broadcast(2.01f * bounds.per_unit),
-                                         add(integer_error, integer_error))
-                          : broadcast(2 * kLargestMargin));
   }
 
   void scan(std::int64_t count) {
@@ -224,10 +165,10 @@ class CoarseSearch {
   // Of the rows [i, i + kRows), all of one step, against panel p.
   template <int kRows>
   T2P_INLINE void score(std::int64_t p, std::int64_t i, I32 (&sums)[kRows][kCoarseVectors]) const {
-    score_integers<Integers, kRows>(
-        coarse_.panels + p * steps_ * kCoarseCodes * 4, coarse_.half_norms + p * kCoarseCodes,
-        rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_,
-        bounds_[i / kLanes].per_unit, sums);
+    score_integers<Integers, kRows>(coarse_.panels + p * steps_ * kCoarseCodes * 4,
+                                    coarse_.half_norms + p * kCoarseCodes,
+                                    rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_,
+                                    bounds_[i / kLanes].per_unit, sums);
   }
 
   // Notes the lanes of a group of panels that may hold the nearest codes of the rows [i, i +
@@ -264,12 +205,8 @@ class CoarseSearch {
   // The best integers of the rows [i, i + kLanes), and how low those of their nearest codes may be.
   T2P_INLINE void raise_threshold(std::int64_t i, I32 top) {
     const RowBounds& bounds = bounds_[i / kLanes];
-    const I32 best = max(load(best_ + i), top), given = load(bounds.margin);
+    const I32 best = max(load(best_ + i), top), margin = margins(bounds, best);
     store(best_ + i, best);
-    const F32 squared = sub(load(bounds.half_norm), to_f32(sub(best, load(bounds.zero))));
-    const F32 margin = multiply_add(load(bounds.slope), square_root(max(squared, broadcast(0.f))),
-                                    load(bounds.offset));
-    const I32 smaller_margin = select(less(margin, to_f32(given)), to_i32(margin), given);
     // Padding, and nothing else, is below all of the others.
     const M32 none = less(best, broadcast(INT32_MIN / 2));
     if (bits(none)) {
@@ -279,8 +216,8 @@ class CoarseSearch {
         if (found[m] < INT32_MIN / 2) give_up(i + m);
       }
     }
-    store(threshold_ + i, select(less(load(bounds.margin), broadcast(0)), broadcast(INT32_MAX),
-                                 sub(best, smaller_margin)));
+    store(threshold_ + i,
+          select(less(load(bounds.margin), broadcast(0)), broadcast(INT32_MAX), sub(best, margin)));
   }
 
   T2P_INLINE void note(std::int64_t i, std::int32_t score, std::int64_t place) {
@@ -340,7 +277,8 @@ class CoarseSearch {
     }
   }
 
-  // Scores the codes of lanes place[count] of rows i + row[count] again, and offers those that pass.
+  // Scores the codes of lanes place[count] of rows i + row[count] again, and offers those that
+  // pass.
   T2P_INLINE void offer_rescored(std::int64_t i, const std::int32_t* row, const std::int32_t* place,
                                  int count, Nearest* nearest) {
     constexpr int kMost = kResolvedRows * kMaxCandidates * kCoarseVectors;
@@ -387,8 +325,7 @@ class CoarseSearch {
   const std::int64_t d_, steps_;
   std::uint8_t* const rows_;  // [kCoarseBlockRows / kLanes, steps, kLanes, 4]
   float* const staged_;       // [kCoarseBlockRows, d], as they came
-  const float radius_, code_rounding_;
-  const TwiceErrorBound float_error_;
+  const CodeBounds code_bounds_;
   const float* row_ = nullptr;  // the first, as they came
   std::int64_t stride_ = 0;
   RowBounds bounds_[kCoarseBlockRows / kLanes];
@@ -398,8 +335,7 @@ class CoarseSearch {
 };
 
 std::int64_t coarse_scratch_size(std::int64_t d) {
-  const std::int64_t steps =
-      d > kMaxWordChannels ? coarse_steps<Bytes>(d) : coarse_steps<Words>(d);
+  const std::int64_t steps = d > kMaxWordChannels ? coarse_steps<Bytes>(d) : coarse_steps<Words>(d);
   return kCoarseBlockRows * (4 * steps + d * std::int64_t{sizeof(float)});
 }
 

@@ -82,6 +82,10 @@ HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rows near codes": lambda x, c: (c[torch.arange(len(x)) % len(c)] + 1e-3 * x, c),
     "rows that are codes": lambda x, c: (c[torch.arange(len(x)) % len(c)], c),
     "one channel large": lambda x, c: (x.index_fill(1, torch.tensor(0), 1e5), c),
+    "far clusters": lambda x, c: (
+        x + 100 * c[torch.arange(len(x)) % 7],
+        c + 100 * c[torch.arange(len(c)) % 7],
+    ),
     "an outlier": lambda x, c: (x, c.index_fill(0, torch.tensor(7), 1e9)),
     "rows of zeros": lambda x, c: (x * 0, c),
     "codes of zeros": lambda x, c: (x, c * 0),
@@ -92,7 +96,7 @@ HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 
 @pytest.mark.parametrize("hard", HARD)
-@pytest.mark.parametrize(("n", "k", "d"), [(130, 3000, 5), (130, 1500, 17), (130, 500, 100)])
+@pytest.mark.parametrize(("n", "k", "d"), [(130, 3000, 5), (130, 9000, 8), (130, 500, 100)])
 def test_nearest_is_exact_on_hard_data(
     hard: str, n: int, k: int, d: int, device: torch.device
 ) -> None:
