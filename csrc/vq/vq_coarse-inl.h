@@ -19,16 +19,18 @@ constexpr std::int64_t kCoarseBlockRows = 128;
 
 // Panels are scanned in groups: the maxima of a tile's rows are only stored, and looked at once per
 // group. With few channels all of it stays in the L1 cache, with many in the L2.
-constexpr int kMaxCoarseGroup = 16;  // at most 31, a bit for each
+constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are noted for a row before it is given up.
 constexpr int kMaxCandidates = 64;
-// With fewer channels it is faster to score a lane's codes again than to compare all of them.
-constexpr std::int64_t kRescoredChannels = 64;
+// With few channels the codes of a panel that share a lane compete as one, and are scored again if
+// it passes; with more, what it takes to keep them apart is little.
+constexpr std::int64_t kMergedChannels = 64;
 
 T2P_INLINE int coarse_group(std::int64_t d) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
-  return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, kMaxCoarseGroup));
+  const int most = d > kMergedChannels ? kMaxGroupVectors / kCoarseVectors : kMaxCoarseGroup;
+  return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, most));
 }
 
 // sums[m][v] = the integers of row m against the codes of vector v of a panel.
@@ -62,8 +64,8 @@ T2P_INLINE void score_integers(const std::uint8_t* __restrict panel,
   }
 }
 
-// Of the panels of a group, for one row.
-using Maxima = std::int32_t[kMaxCoarseGroup][kLanes];
+// Of the panels of a group, or of their vectors, for one row.
+using Maxima = std::int32_t[kMaxGroupVectors][kLanes];
 
 template <class Integers>
 class CoarseSearch {
@@ -139,7 +141,7 @@ class CoarseSearch {
       best_[i] = INT32_MIN;
       candidates_[i] = bounds_[i / kLanes].margin[i % kLanes] < 0 ? kGivenUp : 0;
     }
-    const int group = coarse_group(d_);
+    const int group = coarse_group(d_), kept = d_ > kMergedChannels ? kCoarseVectors : 1;
     alignas(64) Maxima maxima[kLanes];
     for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
       const int size = static_cast<int>(smaller(group, panels_.end - p));
@@ -150,14 +152,21 @@ class CoarseSearch {
             score<kTileRows>(p + q, i + tile, sums);
 #pragma GCC unroll 8
             for (int m = 0; m < kTileRows; ++m) {
-              I32 largest = sums[m][0];
+              if (kept == 1) {
+                I32 largest = sums[m][0];
 #pragma GCC unroll 4
-              for (int v = 1; v < kCoarseVectors; ++v) largest = max(largest, sums[m][v]);
-              store(maxima[tile + m][q], largest);
+                for (int v = 1; v < kCoarseVectors; ++v) largest = max(largest, sums[m][v]);
+                store(maxima[tile + m][q], largest);
+              } else {
+#pragma GCC unroll 4
+                for (int v = 0; v < kCoarseVectors; ++v) {
+                  store(maxima[tile + m][q * kCoarseVectors + v], sums[m][v]);
+                }
+              }
             }
           }
         }
-        collect(maxima, size, p, i);
+        collect(maxima, size * kept, p * kept, i);
       }
     }
   }
@@ -171,9 +180,9 @@ class CoarseSearch {
                                     bounds_[i / kLanes].per_unit, sums);
   }
 
-  // Notes the lanes of a group of panels that may hold the nearest codes of the rows [i, i +
-  // kLanes). Past the first group there are hardly any.
-  T2P_INLINE void collect(const Maxima (&maxima)[kLanes], int size, std::int64_t first_panel,
+  // Notes the lanes of a group of panels, or of their vectors, that may hold the nearest codes of
+  // the rows [i, i + kLanes). Past the first group there are hardly any.
+  T2P_INLINE void collect(const Maxima (&maxima)[kLanes], int size, std::int64_t first,
                           std::int64_t i) {
     I32 largest[kLanes];
     for (int m = 0; m < kLanes; ++m) {
@@ -196,7 +205,7 @@ class CoarseSearch {
         const int lane = __builtin_ctz(lanes);
         for (auto left = static_cast<std::uint32_t>(panels[lane]); left; left &= left - 1) {
           const int q = __builtin_ctz(left);
-          note(i + m, maxima[m][q][lane], (first_panel + q) * kLanes + lane);
+          note(i + m, maxima[m][q][lane], (first + q) * kLanes + lane);
         }
       }
     }
@@ -264,12 +273,12 @@ class CoarseSearch {
     begin[count] = lanes;
     Nearest nearest[kResolvedRows];
     for (std::int64_t r = 0; r < count; ++r) nearest[r] = {double{kInfinity}, kUndecided};
-    if (d_ <= kRescoredChannels) {
-      offer_rescored(i, row, place, lanes, nearest);
-    } else {
-      for (std::int64_t r = 0; r < count; ++r) {
-        offer_lanes(i + r, place + begin[r], begin[r + 1] - begin[r], nearest[r]);
-      }
+    if (d_ <= kMergedChannels) offer_rescored(i, row, place, lanes, nearest);
+    for (std::int64_t r = 0; d_ > kMergedChannels && r < count; ++r) {
+      std::int32_t code[kMaxCandidates + kOfferRoom];
+      const int codes = begin[r + 1] - begin[r];
+      __builtin_memcpy(code, place + begin[r], static_cast<std::size_t>(codes) * sizeof *code);
+      if (codes) offer_codes(codebook_, row_ + (i + r) * stride_, code, codes, nearest[r]);
     }
     for (std::int64_t r = 0; r < count; ++r) {
       distance[r] = nearest[r].distance;
@@ -299,21 +308,6 @@ class CoarseSearch {
     offer_each(codebook_, row_ + i * stride_, stride_, code_row, code, codes, nearest);
   }
 
-  // Offers all codes of lanes place[count] of row i.
-  T2P_INLINE void offer_lanes(std::int64_t i, const std::int32_t* place, int count,
-                              Nearest& nearest) {
-    std::int32_t code[kMaxCandidates * kCoarseVectors + kOfferRoom];
-    for (int c = 0; c < count; ++c) {
-      const std::int32_t panel = place[c] / kLanes, lane = place[c] % kLanes;
-      for (int v = 0; v < kCoarseVectors; ++v) {
-        code[c * kCoarseVectors + v] = panel * kCoarseCodes + v * kLanes + lane;
-      }
-    }
-    if (count) {
-      offer_codes(codebook_, row_ + i * stride_, code, count * kCoarseVectors, nearest);
-    }
-  }
-
   static constexpr int kGivenUp = kMaxCandidates + 1;
   static constexpr std::int64_t kResolvedRows = 16;
   using Candidates = std::int32_t[kMaxCandidates];
@@ -331,7 +325,8 @@ class CoarseSearch {
   RowBounds bounds_[kCoarseBlockRows / kLanes];
   std::int32_t best_[kCoarseBlockRows], threshold_[kCoarseBlockRows];
   int candidates_[kCoarseBlockRows];
-  Candidates score_[kCoarseBlockRows], place_[kCoarseBlockRows];  // place = panel * kLanes + lane
+  Candidates score_[kCoarseBlockRows],
+      place_[kCoarseBlockRows];  // place = panel * kLanes + lane, or the code
 };
 
 std::int64_t coarse_scratch_size(std::int64_t d) {
