@@ -22,7 +22,7 @@ constexpr std::int64_t kCoarseBlockRows = 128;
 constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are noted for a row before it is given up.
-constexpr int kMaxCandidates = 64;
+constexpr int kMaxCandidates = 128;
 // With few channels the codes of a panel that share a lane compete as one, and are scored again if
 // it passes; with more, what it takes to keep them apart is little.
 constexpr std::int64_t kMergedChannels = 64;
