@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string_view>
 
 #include "bindings/tensor_view.h"
@@ -45,6 +47,18 @@ T* array(const char* op, const char* name, const TensorView& tensor, std::int64_
   return tensor.data<T>();
 }
 
+// The bytes of a packed codebook.
+std::uint8_t* bytes_of(const char* op, const TensorView& packed, std::int64_t size) {
+  T2P_CHECK(packed.is_uint8() && packed.ndim() == 1 && packed.contiguous() && !packed.on_cuda() &&
+                packed.size(0) == size,
+            op, ": packed must be uint8 [", size, "] on the CPU, as vq_pack returns it, got ",
+            packed.dtype_text(), " ", packed.shape_text(), " on ", packed.device_text());
+  auto* bytes = packed.data<std::uint8_t>();
+  T2P_CHECK(reinterpret_cast<std::uintptr_t>(bytes) % 8 == 0, op,
+            ": packed does not begin on an 8-byte boundary, as what vq_pack returns does");
+  return bytes;
+}
+
 Metric metric_of(const char* op, std::string_view name) {
   if (name == "l2") return Metric::kL2;
   if (name == "dot") return Metric::kDot;
@@ -53,8 +67,8 @@ Metric metric_of(const char* op, std::string_view name) {
 }
 
 void nearest(const TensorView& x, const TensorView& codebook, std::string_view metric_name,
-             const TensorView& workspace, const TensorView& indices, const TensorView& distance,
-             int threads) {
+             const std::optional<TensorView>& packed, const TensorView& workspace,
+             const TensorView& indices, const TensorView& distance, int threads) {
   constexpr const char* kOp = "vq_nearest";
   const Metric metric = metric_of(kOp, metric_name);
   const auto from = rows<const float>(kOp, "x", x);
@@ -71,8 +85,31 @@ void nearest(const TensorView& x, const TensorView& codebook, std::string_view m
     nearest_cuda(from, codes, k, x.device().id, current_stream(x), work, index, to);
     return;
   }
+  const std::uint8_t* bytes = nullptr;
+  if (packed) {
+    bytes = bytes_of(kOp, *packed, packed_size(k, from.d));
+    T2P_CHECK(packed_for(bytes, k, from.d, metric), kOp,
+              ": packed is not of a codebook [k, d] = ", codebook.shape_text(), " for metric '",
+              metric_name, "', packed for the instruction set in use");
+  }
   py::gil_scoped_release nogil;
-  nearest_cpu(from, codes, k, metric, threads, index, to);
+  nearest_cpu(from, codes, k, metric, bytes, threads, index, to);
+}
+
+void pack(const TensorView& codebook, std::string_view metric_name, const TensorView& packed,
+          int threads) {
+  constexpr const char* kOp = "vq_pack";
+  const Metric metric = metric_of(kOp, metric_name);
+  T2P_CHECK(codebook.ndim() == 2 && codebook.size(1) > 0, kOp,
+            ": codebook must be [k, d >= 1], got ", codebook.shape_text());
+  check_codebook(kOp, codebook, codebook.size(1));
+  T2P_CHECK(!codebook.on_cuda(), kOp, ": codebook is on ", codebook.device_text(),
+            ", packing is for the CPU");
+  const std::int64_t k = codebook.size(0), d = codebook.size(1);
+  std::uint8_t* bytes = bytes_of(kOp, packed, packed_size(k, d));
+  const auto* codes = codebook.data<const float>();
+  py::gil_scoped_release nogil;
+  pack_cpu(codes, k, d, metric, threads, bytes);
 }
 
 void lookup(const TensorView& indices, const TensorView& codebook, const TensorView& out,
@@ -135,7 +172,11 @@ void total(const TensorView& distance, double scale, const TensorView& total) {
 void bind(py::module_& m) {
   m.def("vq_workspace_size", &workspace_size, py::arg("n"), py::arg("k"), py::arg("d"));
   m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("metric"),
-        py::arg("workspace"), py::arg("indices"), py::arg("distance"), py::arg("threads"));
+        py::arg("packed"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
+        py::arg("threads"));
+  m.def("vq_packed_size", &packed_size, py::arg("k"), py::arg("d"));
+  m.def("vq_pack", &pack, py::arg("codebook"), py::arg("metric"), py::arg("packed"),
+        py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),
         py::arg("threads"));
   m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("counts"),

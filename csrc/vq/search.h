@@ -26,9 +26,9 @@ struct Codebook {
   Metric metric;
   const float* codes;       // [k, d], as they came
   const float* scored;      // [k, d], the same or, for kCosine, of length 1
-  const float* center;      // [d], about the mean of `scored`
-  const float* row_center;  // [d], `center` for kL2, else 0
   std::int64_t k, d;
+  const float* center = nullptr;      // [d], about the mean of `scored`
+  const float* row_center = nullptr;  // [d], `center` for kL2, else 0
   const float* panels = nullptr;      // [ceil(k / panel_codes), d, panel_codes]
   const float* half_norms = nullptr;  // [ceil(k / panel_codes), panel_codes], or 0
   float largest_half_norm = 0;
@@ -42,10 +42,10 @@ enum class Format { kBytes, kWords };
 struct CoarseCodebook {
   Format format;
   float scale;
-  const std::uint8_t* panels;  // [ceil(k / coarse_codes), coarse_panel_bytes(format, d)]
-  const float* half_norms;     // [ceil(k / coarse_codes), coarse_codes], negated
-  float largest_half_norm;
-  float largest_rounding;  // of all |c - its value in integers|^2
+  const std::uint8_t* panels = nullptr;  // [ceil(k / coarse_codes), coarse_panel_bytes(format, d)]
+  const float* half_norms = nullptr;     // [ceil(k / coarse_codes), coarse_codes], negated
+  float largest_half_norm = 0;
+  float largest_rounding = 0;  // of all |c - its value in integers|^2
 };
 
 struct PanelRange {

@@ -11,11 +11,14 @@ def vq_nearest(
     x: Tensor,
     codebook: Tensor,
     metric: str,
+    packed: Tensor | None,
     workspace: Tensor,
     indices: Tensor,
     distance: Tensor,
     threads: int,
 ) -> None: ...
+def vq_packed_size(k: int, d: int) -> int: ...
+def vq_pack(codebook: Tensor, metric: str, packed: Tensor, threads: int) -> None: ...
 def vq_lookup(indices: Tensor, codebook: Tensor, out: Tensor, threads: int) -> None: ...
 def vq_accumulate(
     x: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, threads: int

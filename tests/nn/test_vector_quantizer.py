@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantiser, alone and over several processes."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast.nn import VectorQuantizer, codebook_usage
+from t2p_fast.ops import vq_nearest
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +246,7 @@ PROGRAM = """
 import sys, torch
 import torch.distributed as dist
 from t2p_fast.nn import VectorQuantizer, codebook_usage
+from t2p_fast.ops import vq_nearest
 
 rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -380,3 +385,29 @@ def test_option_errors() -> None:
         make(metric="dot")
     with pytest.raises(ValueError, match="gradient is 'none'"):
         make(gradient="none")
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_nearest_follows_the_codebook(metric: Literal["l2", "cosine"]) -> None:
+    """What is kept of the codebook between calls must not outlive a change of it."""
+    quantizer = VectorQuantizer(50, 8, metric=metric, channel_dim=-1).eval()
+    x = torch.randn(40, 8)
+
+    def check(quantizer: VectorQuantizer) -> None:
+        expected = vq_nearest(x, quantizer.codebook.detach(), metric=metric)
+        assert torch.equal(quantizer.nearest(x), expected)
+        assert torch.equal(quantizer.nearest(x), expected)
+
+    check(quantizer)
+    with torch.no_grad():
+        quantizer.codebook.normal_()
+    check(quantizer)
+    quantizer.load_state_dict({"embedding.weight": torch.randn(50, 8)})
+    check(quantizer)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    quantizer.codebook.grad = torch.randn(50, 8)
+    optimizer.step()
+    check(quantizer)
+    check(copy.deepcopy(quantizer))
+    check(pickle.loads(pickle.dumps(quantizer)))
+    check(quantizer.bfloat16().float())  # in memory that was just freed

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "vq/vq.h"
@@ -87,8 +88,16 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
   };
   for (int threads : {1, 2, 5}) {
     const auto from = rows(static_cast<const float*>(x.data()));
-    t2p::vq::nearest_cpu(from, codebook.data(), k, metric, threads, indices.data(),
+    const t2p::Buffer<std::uint8_t> packed(t2p::vq::packed_size(k, d));
+    t2p::vq::pack_cpu(codebook.data(), k, d, metric, threads, packed.data());
+    require(t2p::vq::packed_for(packed.data(), k, d, metric),
+            "what was packed is for its codebook");
+    t2p::vq::nearest_cpu(from, codebook.data(), k, metric, packed.data(), threads, indices.data(),
                          distance.data());
+    std::vector<float> unpacked(n);
+    t2p::vq::nearest_cpu(from, codebook.data(), k, metric, nullptr, threads, indices.data(),
+                         unpacked.data());
+    require(unpacked == distance, "the same distances, packed before or not");
     t2p::vq::lookup_cpu(indices.data(), codebook.data(), k, threads, rows(quantized.data()));
     t2p::vq::accumulate_cpu(from, indices.data(), k, threads, counts.data(), sums.data());
     if (threads == 1) first = distance;

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize
+from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_pack, vq_quantize
 
 
 class CodebookUsage(NamedTuple):
@@ -50,6 +50,17 @@ def rotate_gradient(x: Tensor, codes: Tensor, dim: int) -> Tensor:
     # The value is the codes' to the bit.
     result: Tensor = codes.detach() + (rotated - rotated.detach())
     return result
+
+
+class _PackedCodes(NamedTuple):
+    weight: Tensor  # held, so that no other tensor comes to lie where it does
+    version: int
+    codes: Tensor
+    packed: Tensor
+
+    def are_of(self, weight: Tensor) -> bool:
+        same = weight.data_ptr() == self.weight.data_ptr() and weight.shape == self.weight.shape
+        return same and weight.dtype == self.weight.dtype and weight._version == self.version
 
 
 class VectorQuantizer(nn.Module):
@@ -119,6 +130,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_count", torch.zeros(num_embeddings))
             self.register_buffer("ema_sum", torch.zeros(num_embeddings, embedding_dim))
         self.needs_init = kmeans_init
+        self._packed: _PackedCodes | None = None
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             _keep_loaded_codes
         )
@@ -171,9 +183,28 @@ class VectorQuantizer(nn.Module):
             quantized = rotate_gradient(x, quantized.detach(), self.channel_dim)
         return quantized, indices, loss
 
+    @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """Indices of the nearest codes, without gradient."""
-        return vq_nearest(self._vectors(x.detach()), self.codes(), channel_dim=self.channel_dim)
+        """Indices of the nearest codes, without gradient.
+
+        Outside of training, on the CPU, the packed codebook is kept for the next call until the
+        weight changes, which its version counter tells; a change through ``.data`` does not count.
+        """
+        codes, packed = self._packed_codes()
+        return vq_nearest(self._vectors(x), codes, channel_dim=self.channel_dim, packed=packed)
+
+    def _packed_codes(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.codebook
+        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+        if self.training or weight.is_cuda or torch.compiler.is_compiling() or not plain:
+            return self.codes(), None
+        if self._packed is None or not self._packed.are_of(weight):
+            codes = self.codes()
+            self._packed = _PackedCodes(weight.detach(), weight._version, codes, vq_pack(codes))
+        return self._packed.codes, self._packed.packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}  # type: ignore[no-untyped-call]
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes by index, with the channels where ``channel_dim`` says."""

@@ -2,6 +2,9 @@
 """The ops: functions on tensors, differentiable and compilable, each with its own kernels."""
 
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
-from t2p_fast.ops.vq import vq_lookup, vq_nearest, vq_quantize, vq_topk
+from t2p_fast.ops.vq import vq_lookup, vq_nearest, vq_pack, vq_quantize
+from t2p_fast.ops.vq_topk import vq_topk
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
+__all__ = [
+    "KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_pack", "vq_quantize", "vq_topk",
+]  # fmt: skip

@@ -15,9 +15,9 @@ from torch import Tensor
 from t2p_fast._checks import check_choice, describe, normalize_dim, under_autocast
 from t2p_fast._library import _C, define_op
 
-__all__ = ["vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
+__all__ = ["vq_lookup", "vq_nearest", "vq_pack", "vq_quantize"]
 
-_METRICS = ("l2", "dot", "cosine")
+METRICS = ("l2", "dot", "cosine")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,11 +33,11 @@ def _empty_like_rows(x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty_like(_as_rows(x, channel_dim)).reshape(x.shape)
 
 
-def _without_channels(x: Tensor, channel_dim: int) -> list[int]:
+def without_channels(x: Tensor, channel_dim: int) -> list[int]:
     return [*x.shape[:channel_dim], *x.shape[channel_dim + 1 :]]
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
+def check_tensors(op: str, **tensors: Tensor) -> None:
     """All on one device, and those of floating point of a supported dtype."""
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
@@ -55,13 +55,16 @@ def _check_tensors(op: str, **tensors: Tensor) -> None:
 # The kernels, for CPU and CUDA tensors, each beside its fake --------------------------------------
 
 
-def _nearest(x: Tensor, codebook: Tensor, metric: str, channel_dim: int) -> tuple[Tensor, Tensor]:
+def _nearest(
+    x: Tensor, codebook: Tensor, metric: str, channel_dim: int, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     distance, indices = _nearest_fake(x, codebook, metric, channel_dim)
     (k, d), codes = codebook.shape, codebook.float().contiguous()
     size = _C.vq_workspace_size(indices.numel(), k, d) if x.is_cuda else 0
     workspace = distance.new_empty(size)
     rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
-    _C.vq_nearest(rows, codes, metric, workspace, indices, distance, threads)
+    packed = None if x.is_cuda else packed
+    _C.vq_nearest(rows, codes, metric, packed, workspace, indices, distance, threads)
     return distance, indices
 
 
@@ -70,11 +73,12 @@ def _nearest_fake(
     codebook: Tensor,
     metric: str,  # noqa: ARG001
     channel_dim: int,
+    packed: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     if codebook.ndim != 2:
         raise ValueError(f"vq_nearest: codebook must be [k, d], got {list(codebook.shape)}")
-    _check_tensors("vq_nearest", x=x, codebook=codebook)
-    shape = _without_channels(x, channel_dim)
+    check_tensors("vq_nearest", x=x, codebook=codebook)
+    shape = without_channels(x, channel_dim)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
@@ -93,7 +97,7 @@ def _lookup_float(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor
 def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
     if codebook.ndim != 2:
         raise ValueError(f"vq_lookup: codebook must be [k, d], got {list(codebook.shape)}")
-    _check_tensors("vq_lookup", indices=indices, codebook=codebook)
+    check_tensors("vq_lookup", indices=indices, codebook=codebook)
     shape = indices.shape
     return codebook.new_empty([*shape[:channel_dim], codebook.shape[1], *shape[channel_dim:]])
 
@@ -114,7 +118,7 @@ def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tu
 
 
 def _accumulate_fake(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
-    _check_tensors("vq_accumulate", x=x, indices=indices)
+    check_tensors("vq_accumulate", x=x, indices=indices)
     counts = x.new_empty([k], dtype=torch.float32)
     return counts, counts.new_empty([k, x.shape[channel_dim]])
 
@@ -170,13 +174,13 @@ def _quantize_fake(
 
 
 def _nearest_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, codebook, ctx.metric, ctx.channel_dim = inputs
+    x, codebook, ctx.metric, ctx.channel_dim, _ = inputs
     _, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, codebook, indices)
 
 
-def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None, None]:
+def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """The gradient of the distance to c = c_(indices_i), which is as in `vq_nearest`."""
     x, codebook, indices = ctx.saved_tensors
     dim = ctx.channel_dim
@@ -193,7 +197,7 @@ def _nearest_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, 
         cosine = (rows * codes).sum(dim, keepdim=True)
         grad_x, grad_codes = grad / a * (cosine * rows - codes), grad / b * (cosine * codes - rows)
     _, sums = _vq_accumulate(grad_codes, indices, codebook.shape[0], dim)
-    return grad_x.to(x.dtype), sums.to(codebook.dtype), None, None
+    return grad_x.to(x.dtype), sums.to(codebook.dtype), None, None, None
 
 
 def _lookup_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -245,10 +249,11 @@ def _nearest_vmap(
     codebook: Tensor,
     metric: str,
     channel_dim: int,
+    packed: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     x_dim, codebook_dim, *_ = in_dims
     if codebook_dim is None and x_dim is not None:
-        return _vq_nearest(x.movedim(x_dim, 0), codebook, metric, channel_dim + 1), (0, 0)
+        return _vq_nearest(x.movedim(x_dim, 0), codebook, metric, channel_dim + 1, packed), (0, 0)
     results = [
         _vq_nearest(
             x if x_dim is None else x.select(x_dim, b),
@@ -280,7 +285,8 @@ def _lookup_vmap(
 
 
 _vq_nearest = define_op(
-    "vq_nearest(Tensor x, Tensor codebook, str metric, int channel_dim) -> (Tensor, Tensor)",
+    "vq_nearest(Tensor x, Tensor codebook, str metric, int channel_dim, Tensor? packed=None) -> "
+    "(Tensor, Tensor)",
     cpu=_nearest,
     fake=_nearest_fake,
     setup_context=_nearest_setup_context,
@@ -314,7 +320,7 @@ _vq_quantize = define_op(
 # Public functions --------------------------------------------------------------------------------
 
 
-def _check_x(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+def check_x(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got {describe(tensor)}")
@@ -342,6 +348,7 @@ def vq_nearest(
     metric: str = ...,
     channel_dim: int = ...,
     return_distance: Literal[False] = ...,
+    packed: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def vq_nearest(
@@ -351,6 +358,7 @@ def vq_nearest(
     metric: str = ...,
     channel_dim: int = ...,
     return_distance: Literal[True],
+    packed: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def vq_nearest(
     x: Tensor,
@@ -359,6 +367,7 @@ def vq_nearest(
     metric: str = "l2",
     channel_dim: int = -1,
     return_distance: bool = False,
+    packed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Index of the nearest code for every row: ``argmin_j distance(x_i, c_j)``.
 
@@ -376,6 +385,8 @@ def vq_nearest(
             ``1 - x.c / (|x| |c|)``, which is 1 where a vector has length 0.
         channel_dim: The dimension of `x` that holds the channels.
         return_distance: Whether to return the distances as well.
+        packed: What `vq_pack` made of this very `codebook`, for the same metric: saves packing it
+            at every call. On CUDA it is not looked at.
 
     Returns:
         The indices, int64, in the shape of `x` without `channel_dim`, or with `g` in its place for
@@ -391,17 +402,52 @@ def vq_nearest(
         >>> vq_nearest(torch.tensor([[0.9, 0.0]]), torch.eye(2))
         tensor([0])
     """
-    check_choice("vq_nearest", "metric", metric, _METRICS)
-    dim = _check_x("vq_nearest", x, codebook, channel_dim)
+    check_choice("vq_nearest", "metric", metric, METRICS)
+    dim = check_x("vq_nearest", x, codebook, channel_dim)
     x, codebook = under_autocast(x, codebook)
+    if packed is not None and not (isinstance(packed, Tensor) and codebook.ndim == 2):
+        raise ValueError(
+            f"vq_nearest: packed must be what vq_pack returned for a codebook [k, d], got "
+            f"{describe(packed)} and a codebook {list(codebook.shape)}"
+        )
     if codebook.ndim == 3:
         results = [
             _vq_nearest(part, codes, metric, dim) for part, codes in _groups(x, codebook, dim)
         ]
         distance, indices = (torch.stack(r, dim) for r in zip(*results, strict=True))
     else:
-        distance, indices = _vq_nearest(x, codebook, metric, dim)
+        distance, indices = _vq_nearest(x, codebook, metric, dim, packed)
     return (indices, distance) if return_distance else indices
+
+
+@torch.no_grad()
+def vq_pack(codebook: Tensor, *, metric: str = "l2") -> Tensor:
+    """A codebook in the form that searches on the CPU want, for `vq_nearest(packed=...)`.
+
+    Every search begins by packing the codebook, O(k d). Where there are few rows, as one image's
+    tokens, that is up to half of its time; who searches one codebook often does it once.
+
+    Args:
+        codebook: `[k, d]` on the CPU; float32, bfloat16 or float16. If it changes, pack it again:
+            results for a codebook that is not the one packed are not exact.
+        metric: As in `vq_nearest`.
+
+    Returns:
+        uint8, about `k d` bytes. It depends on the instruction set and is not meant to be stored.
+
+    Raises:
+        ValueError: `codebook` is of another shape, empty, or on a GPU; or `metric` is unknown.
+        TypeError: `codebook` is of another dtype.
+    """
+    check_choice("vq_pack", "metric", metric, METRICS)
+    if not isinstance(codebook, Tensor) or codebook.layout != torch.strided:
+        raise TypeError(f"vq_pack: codebook must be a dense tensor, got {describe(codebook)}")
+    if codebook.ndim != 2:
+        raise ValueError(f"vq_pack: codebook must be [k, d], got {list(codebook.shape)}")
+    check_tensors("vq_pack", codebook=codebook)
+    packed = torch.empty(_C.vq_packed_size(*codebook.shape), dtype=torch.uint8)
+    _C.vq_pack(codebook.detach().float().contiguous(), metric, packed, torch.get_num_threads())
+    return packed
 
 
 def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1) -> Tensor:
@@ -477,8 +523,8 @@ def vq_quantize(
     Raises:
         ValueError, TypeError: As in `vq_nearest`.
     """
-    check_choice("vq_quantize", "metric", metric, _METRICS)
-    dim = _check_x("vq_quantize", x, codebook, channel_dim)
+    check_choice("vq_quantize", "metric", metric, METRICS)
+    dim = check_x("vq_quantize", x, codebook, channel_dim)
     x, codebook = under_autocast(x, codebook)
     weights = float(beta), float(codebook_weight)
     results: tuple[Tensor, ...]
@@ -498,92 +544,3 @@ def vq_quantize(
     else:
         results = _vq_quantize(x, codebook, *weights, metric, dim, return_statistics)
     return results if return_statistics else results[:3]
-
-
-_TOPK_BYTES = 32 << 20  # of the scores that are held at a time
-
-
-@torch.no_grad()
-def vq_topk(
-    x: Tensor, codebook: Tensor, count: int, *, metric: str = "l2", channel_dim: int = -1
-) -> tuple[Tensor, Tensor]:
-    """The `count` nearest codes for every row, the nearest first.
-
-    Exact as `vq_nearest`: float32 scores choose a few more codes than wanted, float64 distances
-    order them, and rows for which the rounding of the scores could matter are done in float64.
-
-    Args:
-        x, metric, channel_dim: As in `vq_nearest`.
-        codebook: `[k, d]`.
-        count: Number of codes, at most `k`.
-
-    Returns:
-        `(distance, indices)`, float32 and int64, in the shape of `x` without `channel_dim` and with
-        `count` as the last dimension. Of equal distances the lower index comes first. A row with a
-        NaN or an infinity has distances of NaN. O(n k d) time, O(n count + k d) memory.
-
-    Raises:
-        ValueError, TypeError: As in `vq_nearest`, or `count` is not from 1 to `k`.
-    """
-    check_choice("vq_topk", "metric", metric, _METRICS)
-    dim = _check_x("vq_topk", x, codebook, channel_dim)
-    _check_tensors("vq_topk", x=x, codebook=codebook)
-    if codebook.ndim != 2 or x.shape[dim] != codebook.shape[1]:
-        raise ValueError(
-            f"vq_topk: x has {x.shape[dim]} channels but codebook is {list(codebook.shape)}"
-        )
-    k, d = codebook.shape
-    if not 1 <= count <= k:
-        raise ValueError(f"vq_topk: count is {count}, expected 1 to {k}, the number of codes")
-    rows, codes = x.movedim(dim, -1).reshape(-1, d).float(), codebook.float()
-    parts = [
-        _topk_of_rows(part, codes, count, metric)
-        for part in rows.split(max(1, _TOPK_BYTES // (4 * k)))
-    ]
-    shape = [*_without_channels(x, dim), count]
-    distance, indices = (torch.cat(p).view(shape) for p in zip(*parts, strict=True))
-    return distance, indices
-
-
-def _topk_of_rows(x: Tensor, codebook: Tensor, count: int, metric: str) -> tuple[Tensor, Tensor]:
-    k, d = codebook.shape
-    codes = torch.nn.functional.normalize(codebook.double(), dim=1).float()
-    codes = codes if metric == "cosine" else codebook
-    # As in the kernels: |c|^2 / 2 - x.c, or -x.c, about the mean of the codes, errs by at most E.
-    center = codes.mean(0).nan_to_num(0.0, 0.0, 0.0)
-    codes = codes - center
-    rows = x - center if metric == "l2" else x
-    half_norms = codes.square().sum(1) / 2 if metric == "l2" else codes.new_zeros(k)
-    scores = torch.addmm(half_norms, rows, codes.T, alpha=-1).nan_to_num(torch.inf)
-    kept = min(k, count + 8)
-    best, chosen = scores.topk(kept, largest=False)
-    chosen = chosen.sort().values  # so that of equal distances the lowest index comes first
-    radius = codes.norm(dim=1).nan_to_num(0.0).max()
-    twice_error = 3 * (d + 16) * 2.0**-24 * radius * (rows.norm(dim=1) + radius)
-    decided = best[:, -1] - best[:, count - 1] > twice_error + d * 2.0**-118
-    doubtful = (~decided).nonzero().flatten() if kept < k else chosen.new_empty(0)
-    distance, indices = _topk_by_distance(x, codebook[chosen], chosen, count, metric)
-    for part in doubtful.split(max(1, _TOPK_BYTES // (8 * k * d))):
-        every = torch.arange(k, device=x.device).expand(len(part), k)
-        found = _topk_by_distance(x[part], codebook.expand(len(part), k, d), every, count, metric)
-        distance[part], indices[part] = found
-    return distance, indices
-
-
-def _topk_by_distance(
-    x: Tensor, codes: Tensor, numbers: Tensor, count: int, metric: str
-) -> tuple[Tensor, Tensor]:
-    """The nearest of `codes` `[n, m, d]`, whose `numbers` `[n, m]` rise, in float64."""
-    a, b = x.double()[:, None], codes.double()
-    if metric == "l2":
-        distance = (a - b).square().sum(-1)
-    else:
-        distance = -(a * b).sum(-1)
-        if metric == "cosine":
-            norms = a.norm(dim=-1) * b.norm(dim=-1)
-            distance = 1 + torch.where(norms > 0, distance / norms, 0.0)
-    finite = x.isfinite().all(1)[:, None]
-    distance = distance.where(codes.isfinite().all(-1) | ~finite, torch.inf)
-    distance = distance.where(finite, torch.nan)
-    distance, order = distance.sort(dim=1, stable=True)
-    return distance[:, :count].float(), numbers.gather(1, order[:, :count])
