@@ -245,7 +245,7 @@ def test_errors() -> None:
 PROGRAM = """
 import sys, torch
 import torch.distributed as dist
-from t2p_fast.nn import VectorQuantizer, codebook_usage
+from t2p_fast.nn import ResidualVQ, VectorQuantizer, codebook_usage
 from t2p_fast.ops import vq_nearest
 
 rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -256,13 +256,16 @@ torch.manual_seed(0)
 averaged = VectorQuantizer(6, 3, ema_decay=0.8)
 revived = VectorQuantizer(32, 3, ema_decay=0.8, dead_code_threshold=0.5)
 placed = VectorQuantizer(6, 3, ema_decay=0.8, kmeans_init=True)
+residual = ResidualVQ(
+    num_quantizers=4, num_embeddings=6, embedding_dim=3, ema_decay=0.8, quantizer_dropout=0.7
+)
 data = torch.randn(4, 2, 3, 2, 4)  # steps, processes, ...
-torch.manual_seed(100 + rank)  # each process draws its own vectors for revival
+torch.manual_seed(100 + rank)  # each process draws its own vectors for revival, and dropout
 for step in data:
     mine = step[rank : rank + 1] if world > 1 else step
-    for quantizer in (averaged, revived, placed):
+    for quantizer in (averaged, revived, placed, residual):
         quantizer(mine)
-torch.save([q.state_dict() for q in (averaged, revived, placed)], f"{out}/{world}-{rank}.pt")
+torch.save([q.state_dict() for q in (averaged, revived, placed, residual)], f"{out}/{world}-{rank}.pt")
 if world > 1:
     dist.destroy_process_group()
 """
