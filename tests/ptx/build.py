@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds `_C_emulated`: the package's own sources, with PTX inside and no GPU behind.
+
+CMake and Ninja see to it that a second run of the tests compiles only what has changed. The folder is
+`build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["build", "nvcc"]
+
+ROOT = Path(__file__).parents[2]
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, None where there is none."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def build(arch: str = "80") -> Path:
+    """Compiles for a virtual architecture if need be and returns the path of the library."""
+    folder = Path(os.environ.get("T2P_EMULATED_BUILD", ROOT / "build" / "emulated")) / arch
+    folder.mkdir(parents=True, exist_ok=True)
+    pybind11 = _run(sys.executable, "-m", "pybind11", "--cmakedir").strip()
+    if not (folder / "build.ninja").exists():
+        _run(
+            _tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DT2P_CUDA=ON",
+            "-DT2P_EMULATE=ON", "-DT2P_VERSION=emulated", "-DCMAKE_BUILD_TYPE=Debug",
+            f"-DCMAKE_CUDA_ARCHITECTURES={arch}-virtual", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}",
+        )  # fmt: skip
+    _run(_tool("cmake"), "--build", str(folder), "--target", "_C_emulated")
+    (library,) = folder.glob("_C_emulated*.so")
+    return library
+
+
+def _tool(name: str) -> str:
+    """A program of this environment, or of the path."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"the emulated build needs {name}: pip install cmake ninja pybind11")
+    return found
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout

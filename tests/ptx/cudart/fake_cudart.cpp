@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// A CUDA runtime without a GPU, in place of libcudart in the emulated build of the package: what
+// nvcc emits for `kernel<<<...>>>(...)` and what csrc/ calls of the runtime. Launches, copies and fills
+// go to the functions that tests/ptx/device.py gives to t2p_emulator_connect. "Device" memory is the
+// host's. A function that is missing here is an error of the linker.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Kernel {
+  int module;
+  std::string name;
+};
+
+struct Variable {
+  int module;
+  std::string name;
+  size_t size;
+};
+
+struct Handlers {
+  // All return a cudaError_t.
+  int (*launch)(int module, const char* name, const unsigned* grid, const unsigned* block,
+                size_t shared, void** arguments);
+  int (*attribute)(int number, int* value);
+  int (*written)(void* to, size_t bytes);                // the host or a copy has written there
+  int (*allocate)(void* at, size_t bytes);               // new memory; bytes = 0: freed
+  int (*shared_limit)(int module, const char* name, int bytes);
+  int (*occupancy)(int module, const char* name, int threads, size_t shared, int* blocks);
+  void* (*variable)(int module, const char* name);       // where a __device__ variable lies
+};
+
+struct State {
+  std::vector<const void*> modules;  // as nvcc registers them: pointers to fat binary wrappers
+  std::map<const void*, Kernel> kernels;
+  std::map<const void*, Variable> variables;
+  Handlers handlers{};
+  bool connected = false;
+};
+
+// Never freed: modules unregister themselves when the process ends, after static objects.
+State& state() {
+  static State* all = new State;
+  return *all;
+}
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+};
+thread_local Configuration configuration;
+thread_local cudaError_t last_error = cudaSuccess;
+int current_device = 0;
+
+cudaError_t result(int code) {
+  const auto error = static_cast<cudaError_t>(code);
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+const Kernel* find(const void* function) {
+  const auto found = state().kernels.find(function);
+  return found == state().kernels.end() ? nullptr : &found->second;
+}
+
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
+  const Kernel* kernel = find(function);
+  if (!state().connected) return result(cudaErrorInsufficientDriver);
+  if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
+  return result(state().handlers.launch(kernel->module, kernel->name.c_str(), blocks, threads,
+                                        shared, arguments));
+}
+
+cudaError_t fill(void* to, int value, size_t bytes) {
+  char* at = static_cast<char*>(to);
+  for (size_t i = 0; i < bytes; ++i) at[i] = static_cast<char>(value);
+  return result(state().handlers.written(to, bytes));
+}
+
+cudaError_t copy(void* to, const void* from, size_t bytes) {
+  const char* source = static_cast<const char*>(from);
+  char* at = static_cast<char*>(to);
+  for (size_t i = 0; i < bytes; ++i) at[i] = source[i];
+  return result(state().handlers.written(to, bytes));
+}
+
+}  // namespace
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+// For device.py ----------------------------------------------------------------------------------
+
+void t2p_emulator_connect(const Handlers* handlers) {
+  state().handlers = *handlers;
+  state().connected = true;
+}
+int t2p_emulator_modules() { return static_cast<int>(state().modules.size()); }
+const void* t2p_emulator_module(int index) { return state().modules[index]; }
+
+// What nvcc emits --------------------------------------------------------------------------------
+
+void** __cudaRegisterFatBinary(void* wrapper) {
+  state().modules.push_back(wrapper);
+  return reinterpret_cast<void**>(state().modules.size());  // the number of the module, from 1
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, void*,
+                            void*, void*, void*, int*) {
+  state().kernels[host] = {static_cast<int>(reinterpret_cast<size_t>(module)) - 1, name};
+}
+void __cudaRegisterVar(void** module, char* host, char*, const char* name, int, size_t size, int,
+                       int) {
+  state().variables[host] = {static_cast<int>(reinterpret_cast<size_t>(module)) - 1, name, size};
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
+  configuration = {grid, block, shared, static_cast<cudaStream_t>(stream)};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared = configuration.shared;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return find(function) ? cudaSuccess : result(cudaErrorInvalidDeviceFunction);
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
+                               size_t shared, cudaStream_t) {
+  return launch(kernel, grid, block, arguments, shared);
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t shared, cudaStream_t) {
+  return launch(function, grid, block, arguments, shared);
+}
+
+// Errors -----------------------------------------------------------------------------------------
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInsufficientDriver:
+      return "the emulator is not connected";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    default:
+      return "the emulated kernel failed";
+  }
+}
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+
+// Devices and streams: one of each, in which everything is done at once ---------------------------
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return result(cudaErrorInvalidDevice);
+  return result(state().handlers.attribute(attribute, value));
+}
+cudaError_t cudaDeviceSynchronize() { return last_error; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return last_error; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+// Kernels ----------------------------------------------------------------------------------------
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const Kernel* kernel = find(function);
+  if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    return result(cudaErrorInvalidValue);
+  }
+  return result(state().handlers.shared_limit(kernel->module, kernel->name.c_str(), value));
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
+                                                                   const void* function,
+                                                                   int threads, size_t shared,
+                                                                   unsigned) {
+  const Kernel* kernel = find(function);
+  if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  return result(state().handlers.occupancy(kernel->module, kernel->name.c_str(), threads, shared,
+                                           blocks));
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
+                                                          int threads, size_t shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared,
+                                                                0);
+}
+
+// Memory -----------------------------------------------------------------------------------------
+
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return fill(to, value, bytes);
+}
+cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, value, bytes); }
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  return copy(to, from, bytes);
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return copy(to, from, bytes);
+}
+cudaError_t cudaMalloc(void** at, size_t bytes) {
+  *at = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return result(state().handlers.allocate(*at, bytes));
+}
+cudaError_t cudaFree(void* at) {
+  const cudaError_t status = at ? result(state().handlers.allocate(at, 0)) : cudaSuccess;
+  std::free(at);
+  return status;
+}
+cudaError_t cudaMallocAsync(void** at, size_t bytes, cudaStream_t) { return cudaMalloc(at, bytes); }
+cudaError_t cudaFreeAsync(void* at, cudaStream_t) { return cudaFree(at); }
+cudaError_t cudaGetSymbolAddress(void** at, const void* symbol) {
+  const auto found = state().variables.find(symbol);
+  if (found == state().variables.end()) return result(cudaErrorInvalidSymbol);
+  *at = state().handlers.variable(found->second.module, found->second.name.c_str());
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes,
+                                    size_t offset, cudaMemcpyKind, cudaStream_t) {
+  void* at = nullptr;
+  const cudaError_t status = cudaGetSymbolAddress(&at, symbol);
+  return status == cudaSuccess ? copy(static_cast<char*>(at) + offset, from, bytes) : status;
+}
+cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
+                               cudaMemcpyKind kind) {
+  return cudaMemcpyToSymbolAsync(symbol, from, bytes, offset, kind, nullptr);
+}
+
+#pragma GCC visibility pop
+}

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulated GPU: what the CUDA runtime of `cudart/fake_cudart.cpp` asks for.
+
+"Device" addresses are addresses of the host, so that a launch needs no copies. Which of them a kernel
+may use is said by `regions`; memory that nobody registered is out of bounds.
+"""
+
+import ctypes
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptx.compiler import Program, compile_kernel
+from ptx.faults import Fault, NotModelled
+from ptx.memory import GlobalMemory, Region, host_bytes
+from ptx.parser import Module, parse
+from ptx.scheduler import run
+
+__all__ = ["Device"]
+
+Array = np.ndarray[Any, Any]
+
+_SUCCESS, _INVALID_VALUE, _INVALID_CONFIGURATION, _LAUNCH_FAILURE = 0, 1, 9, 719
+_WRAPPER_MAGIC, _FAT_MAGIC, _KIND_PTX = 0x466243B1, 0xBA55ED50, 1
+
+# cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it.
+_PROCESSORS = 4
+_SHARED_DEFAULT, _SHARED_OPTIN = 48 << 10, 163 << 10
+_ATTRIBUTES = {
+    1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535,  # blocks and grids
+    8: _SHARED_DEFAULT, 10: 32, 12: 65536, 13: 1410000, 16: _PROCESSORS, 39: 2048, 75: 8, 76: 0,
+    81: 164 << 10, 82: 65536, 97: _SHARED_OPTIN, 106: 32, 111: 1 << 10,
+}  # fmt: skip
+
+_TYPES = {
+    "launch": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint),
+               ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
+    "attribute": (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int)),
+    "written": (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
+    "allocate": (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
+    "shared_limit": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
+    "occupancy": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t,
+                  ctypes.POINTER(ctypes.c_int)),
+    "variable": (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p),
+}  # fmt: skip
+
+
+class _Handlers(ctypes.Structure):
+    _fields_ = [(name, ctypes.CFUNCTYPE(*types)) for name, types in _TYPES.items()]
+
+
+class Device:
+    """One emulated GPU with the kernels of one shared library.
+
+    Attributes:
+        memory: The buffers that the next launch may touch.
+        launches: Names of the kernels launched so far.
+        failure: The first fault since it was last cleared.
+    """
+
+    processors = _PROCESSORS
+
+    def __init__(self, library: Path) -> None:
+        self.memory = GlobalMemory()
+        self.launches: list[str] = []
+        self.failure: Exception | None = None
+        self._library = ctypes.CDLL(str(library))
+        self._texts = [_ptx_of(address) for address in _modules(self._library)]
+        self._modules: dict[int, tuple[Module, dict[str, int]]] = {}
+        self._programs: dict[tuple[int, str], Program] = {}
+        self._limits: dict[tuple[int, str], int] = {}
+        self._own: dict[int, Region] = {}  # variables and allocations, by address
+        self._kept: list[Array] = []
+        self._handlers = _Handlers(
+            **{
+                name: ctypes.CFUNCTYPE(*types)(getattr(self, f"_{name}"))
+                for name, types in _TYPES.items()
+            }
+        )
+        self._library.t2p_emulator_connect(ctypes.byref(self._handlers))
+
+    # Buffers --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def regions(self, regions: list[Region]) -> Iterator[None]:
+        """Lets kernels use these buffers, and raises what went wrong in the meantime."""
+        before = self.memory.regions
+        self.memory.set_regions([*regions, *self._own.values()])
+        self.failure = None
+        try:
+            yield
+        except RuntimeError:
+            if self.failure is None:
+                raise
+        finally:
+            self.memory.set_regions(before)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _allocate(self, address: int, size: int) -> int:
+        if size == 0:
+            self._own.pop(address, None)
+        else:
+            region = Region(
+                "allocation", host_bytes(address, size), address, written=False, granule=4
+            )
+            self._own[address] = region
+        others = [r for r in self.memory.regions if r not in self._own.values()]
+        self.memory.set_regions([*others, *self._own.values()])
+        return _SUCCESS
+
+    def _written(self, address: int, size: int) -> int:
+        for region in self.memory.regions:
+            low, high = address - region.origin, address + size - region.origin
+            if region.low <= low and high <= region.high:
+                region.mark_written(low, high)
+        return _SUCCESS
+
+    # Kernels --------------------------------------------------------------------------------------
+
+    def _module(self, number: int) -> tuple[Module, dict[str, int]]:
+        """A module, parsed when it is first used, and the addresses of its variables."""
+        if number not in self._modules:
+            module = parse(self._texts[number])
+            addresses = {}
+            for variable in module.variables.values():
+                if variable.space not in ("global", "const"):
+                    continue
+                room = np.zeros(max(variable.size, 1) + 256, np.uint8)
+                start = -room.ctypes.data % 256
+                data = room[start : start + variable.size]
+                if variable.data is not None:
+                    data[:] = np.frombuffer(variable.data, np.uint8)
+                self._kept.append(room)
+                address = data.ctypes.data
+                addresses[variable.name] = address
+                self._own[address] = Region(variable.name, data, address, granule=1)
+            self._modules[number] = module, addresses
+            self.memory.set_regions([*self.memory.regions, *(
+                self._own[a] for a in addresses.values())])  # fmt: skip
+        return self._modules[number]
+
+    def program(self, number: int, name: str) -> Program:
+        """The compiled kernel of a module."""
+        if (number, name) not in self._programs:
+            module, addresses = self._module(number)
+            self._programs[number, name] = compile_kernel(module, name, addresses)
+        return self._programs[number, name]
+
+    def kernels(self) -> list[tuple[int, str]]:
+        """All kernels: numbers of modules, and names."""
+        return [
+            (number, name)
+            for number in range(len(self._texts))
+            for name, function in self._module(number)[0].functions.items()
+            if function.entry
+        ]
+
+    def _launch(
+        self, number: int, name: bytes, grid: Any, block: Any, dynamic: int, arguments: Any
+    ) -> int:
+        if self.failure is not None:
+            return _LAUNCH_FAILURE
+        try:
+            return self._launch_checked(number, name.decode(), grid, block, dynamic, arguments)
+        except (Fault, NotModelled) as error:
+            self.failure = error
+            return _LAUNCH_FAILURE
+        except Exception as error:  # a bug of the emulator: no exception may pass through C
+            self.failure = error
+            return _LAUNCH_FAILURE
+
+    def _launch_checked(
+        self, number: int, name: str, grid: Any, block: Any, dynamic: int, arguments: Any
+    ) -> int:
+        blocks = (int(grid[0]), int(grid[1]), int(grid[2]))
+        shape = (int(block[0]), int(block[1]), int(block[2]))
+        program = self.program(number, name)
+        bound = self._module(number)[0].functions[name].threads
+        threads = shape[0] * shape[1] * shape[2]
+        if not all(0 < size <= limit for size, limit in zip(
+            (*blocks, *shape), (2**31 - 1, 65535, 65535, 1024, 1024, 64), strict=True)
+        ) or threads > min(1024, bound):  # fmt: skip
+            return _INVALID_CONFIGURATION
+        static = program.shared_size - sum(high - low for low, high in program.shared_gaps)
+        if static + dynamic > max(_SHARED_DEFAULT, self._limits.get((number, name), 0) + static):
+            return _INVALID_VALUE
+        parts = bytearray()
+        for i, (offset, size) in enumerate(program.parameters.values()):
+            parts += bytes(offset - len(parts))
+            parts += ctypes.string_at(arguments[i], size)
+        self.launches.append(name)
+        for region in self.memory.regions:
+            if region.shadow:
+                region.shadow.reset()
+        run(self, program, blocks, shape, bytes(parts), dynamic)
+        return _SUCCESS
+
+    def _shared_limit(self, number: int, name: bytes, size: int) -> int:
+        if not 0 <= size <= _SHARED_OPTIN:
+            return _INVALID_VALUE
+        self._limits[number, name.decode()] = size
+        return _SUCCESS
+
+    def _occupancy(
+        self, number: int, name: bytes, threads: int, dynamic: int, blocks: Any
+    ) -> int:
+        """By threads and shared memory; PTX does not know how many registers there will be."""
+        program = self.program(number, name.decode())
+        shared = program.shared_size + dynamic + 1024
+        blocks[0] = min(32, 2048 // max(threads, 1), (164 << 10) // shared)
+        return _SUCCESS
+
+    def _variable(self, number: int, name: bytes) -> int:
+        return self._module(number)[1][name.decode()]
+
+    def _attribute(self, number: int, value: Any) -> int:
+        if number not in _ATTRIBUTES:
+            self.failure = NotModelled(f"cudaDeviceGetAttribute({number})")
+            return _INVALID_VALUE
+        value[0] = _ATTRIBUTES[number]
+        return _SUCCESS
+
+
+def _modules(library: ctypes.CDLL) -> list[int]:
+    library.t2p_emulator_module.restype = ctypes.c_void_p
+    return [library.t2p_emulator_module(i) for i in range(library.t2p_emulator_modules())]
+
+
+def _ptx_of(wrapper: int) -> str:
+    """The PTX in a fat binary, which nvcc was told to leave uncompressed."""
+    magic, _, data = struct.unpack("<IIQ", ctypes.string_at(wrapper, 16))
+    if magic != _WRAPPER_MAGIC:
+        raise NotModelled(f"a fat binary whose wrapper begins with {magic:#x}")
+    magic, _, header, size = struct.unpack("<IHHQ", ctypes.string_at(data, 16))
+    if magic != _FAT_MAGIC:
+        raise NotModelled(f"a fat binary that begins with {magic:#x}")
+    at, end = data + header, data + header + size
+    while at < end:
+        kind, _, header, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
+        if kind == _KIND_PTX:
+            text = ctypes.string_at(at + header, size).rstrip(b"\0")
+            if not text.lstrip().startswith((b".version", b"//")):
+                raise NotModelled("compressed PTX: build with --no-compress")
+            return text.decode()
+        at += header + size
+    raise NotModelled("a fat binary without PTX: build for a virtual architecture")

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of PTX in numpy, and the arithmetic that numpy lacks.
+
+bfloat16 and packed pairs are held as their bits. float32 and float16 results are rounded once,
+also those of fma; approximate instructions are off by up to the error that the PTX manual allows
+them, so that code which relies on more than that shows.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "DTYPES",
+    "SIGNED",
+    "approximate",
+    "bf16_to_float",
+    "exact_fma32",
+    "exact_fma64",
+    "float_to_bf16",
+    "flush",
+    "nan_to_canonical",
+    "narrow",
+    "pack",
+    "round_to_odd_sum",
+    "saturate",
+    "unpack",
+    "widen",
+]
+
+Array = np.ndarray[Any, Any]
+
+DTYPES: dict[str, Any] = {
+    "pred": np.bool_,
+    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+    "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "tf32": np.uint32,
+    "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
+    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
+    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+}  # fmt: skip
+SIGNED: dict[Any, Any] = {
+    np.uint8: np.int8, np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64
+}  # fmt: skip
+
+_CANONICAL = {np.float32: 0x7FFFFFFF, np.float16: 0x7FFF}  # the NaN that instructions return
+
+
+def bf16_to_float(bits: Array) -> Array:
+    """float32 from the bits of bfloat16."""
+    return (np.asarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float_to_bf16(value: Array, mode: str = "rn") -> Array:
+    """Bits of bfloat16 from float32 or float64, rounded once; `mode` is rn or rz."""
+    value = np.asarray(value)
+    if value.dtype == np.float64:
+        value = _float64_to_odd32(value)
+    bits = np.atleast_1d(value.astype(np.float32)).view(np.uint32).reshape(value.shape)
+    if mode == "rz":
+        result = (bits >> np.uint32(16)).astype(np.uint16)
+    else:
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        result = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(value), np.uint16(0x7FFF), result)
+
+
+def _float64_to_odd32(value: Array) -> Array:
+    """float32 by round to odd: rounding that again to fewer bits is as if done once."""
+    near = value.astype(np.float32)
+    bits = np.atleast_1d(near).view(np.uint32).reshape(near.shape)
+    inexact = (near.astype(np.float64) != value) & np.isfinite(near)
+    away = np.abs(near.astype(np.float64)) > np.abs(value)
+    even = (bits & np.uint32(1)) == 0
+    step = np.where(away, bits - np.uint32(1), bits + np.uint32(1))
+    fixed = np.where(inexact & even, step, bits)
+    return np.atleast_1d(fixed).view(np.float32).reshape(near.shape)
+
+
+def widen(bits: Array, kind: str) -> Array:
+    """float32 values of f16 or bf16."""
+    return bf16_to_float(bits) if kind == "bf16" else np.asarray(bits).astype(np.float32)
+
+
+def narrow(value: Array, kind: str) -> Array:
+    """f16 (as float16) or bf16 (as bits) from float32 or float64, rounded once to nearest."""
+    if kind == "bf16":
+        return float_to_bf16(value)
+    return nan_to_canonical(value.astype(np.float16))
+
+
+def unpack(pair: Array, kind: str) -> tuple[Array, Array]:
+    """The low and the high half of an f16x2 or bf16x2, each as `kind` f16 or bf16 holds it."""
+    pair = np.asarray(pair, np.uint32)
+    low, high = (pair & np.uint32(0xFFFF)).astype(np.uint16), (pair >> np.uint32(16)).astype("u2")
+    return (low, high) if kind == "bf16" else (low.view(np.float16), high.view(np.float16))
+
+
+def pack(low: Array, high: Array) -> Array:
+    """An f16x2 or bf16x2 from its halves."""
+    low, high = (np.atleast_1d(x).view(np.uint16).reshape(np.shape(x)) for x in (low, high))
+    return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
+
+
+def nan_to_canonical(value: Array) -> Array:
+    """NaNs as instructions other than moves return them."""
+    nan = np.isnan(value)
+    if not nan.any():
+        return value
+    width = np.uint32 if value.dtype == np.float32 else np.uint16
+    canonical = np.array([_CANONICAL[value.dtype.type]], width).view(value.dtype)[0]
+    return np.where(nan, canonical, value)
+
+
+def flush(value: Array) -> Array:
+    """`.ftz`: subnormal float32 to zero of the same sign."""
+    small = np.abs(value) < np.float32(2.0**-126)
+    return np.where(small, np.copysign(np.float32(0), value), value)
+
+
+def saturate(value: Array) -> Array:
+    """`.sat`: to [0, 1], NaN to 0."""
+    return np.fmin(np.fmax(value, value.dtype.type(0)), value.dtype.type(1))
+
+
+def round_to_odd_sum(product: Array, addend: Array) -> Array:
+    """product + addend in float64, rounded to odd, so that a second rounding is harmless."""
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = np.atleast_1d(total).view(np.int64).reshape(np.shape(total))
+    fix = (error != 0) & ((bits & 1) == 0) & np.isfinite(total)
+    toward = np.where((error > 0) == (total > 0), bits + 1, bits - 1)
+    return np.atleast_1d(np.where(fix, toward, bits)).view(np.float64).reshape(np.shape(total))
+
+
+def exact_fma32(a: Array, b: Array, c: Array) -> Array:
+    """fma.rn.f32. The float64 product is exact; the sum is done again where rounding twice shows."""
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    low = np.bitwise_and(total.view(np.int64), 0x1FFFFFFF) if total.ndim else np.zeros(1, np.int64)
+    result = total.astype(np.float32)
+    doubtful = low == 0x10000000  # in the middle between two float32
+    if doubtful.any() or total.ndim == 0:
+        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
+    tiny = np.abs(total) < 2.0**-126
+    if (tiny & (total != 0)).any():
+        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
+    return result
+
+
+def exact_fma64(a: Array, b: Array, c: Array) -> Array:
+    """fma.rn.f64 by Boldo and Melquiond (2008), in rational numbers where that could overflow."""
+    a, b, c = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b, c)))
+    high, low = _two_product(a, b)
+    t_high, t_low = _two_sum(c, low)
+    v_high, v_low = _two_sum(high, t_high)
+    result = v_high + round_to_odd_sum(t_low, v_low)
+    plain = a * b + c
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    result = np.where(finite, result, plain)
+    with np.errstate(all="ignore"):
+        sizes = [np.abs(x) for x in (a, b, c, high)]
+    risky = np.zeros(a.shape, bool)
+    for size in sizes:
+        risky |= (size > 2.0**480) | ((size != 0) & (size < 2.0**-480))
+    for i in np.flatnonzero(risky & finite):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        try:
+            result[i] = float(exact) if exact else plain[i]
+        except OverflowError:
+            result[i] = np.inf if exact > 0 else -np.inf
+    return result
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    product = a * b
+    halves = []
+    for x in (a, b):
+        scaled = x * 134217729.0  # 2^27 + 1, Veltkamp's splitting
+        high = scaled - (scaled - x)
+        halves.append((high, x - high))
+    (ah, al), (bh, bl) = halves
+    return product, ((ah * bh - product) + ah * bl + al * bh) + al * bl
+
+
+def approximate(
+    function: Callable[[Array], Array], relative: float, absolute: float = 0.0
+) -> Callable[[Array], Array]:
+    """`function` in float64, then off by a fixed share of the error that the manual allows.
+
+    The share is from -1 to 1, by a hash of the argument: the same argument gives the same result,
+    and neighbours err independently. Zeros, infinities and NaNs stay what they are.
+    """
+
+    def run(x: Array) -> Array:
+        x = np.atleast_1d(x)
+        exact = function(x.astype(np.float64))
+        bits = x.view(np.uint32 if x.dtype == np.float32 else np.uint64).astype(np.uint64)
+        mixed = (bits * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+        share = mixed.astype(np.float64) * (2 / 2**24) - 1
+        # Half a unit in the last place is left for the rounding of the result itself.
+        error = np.maximum(relative - 2.0**-24, 0) * np.abs(exact) + absolute
+        moved = np.where(np.isfinite(exact) & (exact != 0), exact + share * error, exact)
+        return moved.astype(x.dtype)
+
+    return run
