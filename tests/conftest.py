@@ -12,17 +12,68 @@ import torch
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "emulated", max_examples=8, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+_NO_NVCC = "the CUDA kernels are emulated from what nvcc emits, and there is no nvcc on the PATH"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where ops run")
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "emulated", "cuda"), help="where ops run"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "emulated":
+        return
+    hypothesis.settings.load_profile("emulated")
+    from ptx import build, emulation
+
+    if build.nvcc():
+        config.stash[_EMULATION] = emulation.install(build.build())
+
+
+_EMULATION = pytest.StashKey[object]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With an emulated device, only the tests whose kernels run there; not those for big shapes."""
+    if config.getoption("--device") != "emulated":
+        return
+    chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+    for item in items:
+        if _EMULATION not in config.stash:
+            item.add_marker(pytest.mark.skip(reason=_NO_NVCC))
+        elif marker := item.get_closest_marker("not_emulated"):
+            item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device under test: `pytest --device cuda` runs the same tests on a GPU."""
-    return torch.device(request.config.getoption("--device"))
+    """The device under test: `pytest --device cuda` runs the same tests on a GPU.
+
+    With `--device emulated` tensors are on the CPU, and ops run their CUDA kernels on them in an
+    emulator (`tests/ptx`), which raises on races, accesses out of bounds and the like.
+    """
+    name = request.config.getoption("--device")
+    return torch.device("cpu" if name == "emulated" else name)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Whose kernels run on `device`, "cpu" or "cuda"."""
+    return "cpu" if request.config.getoption("--device") == "cpu" else "cuda"
+
+
+@pytest.fixture
+def emulated(request: pytest.FixtureRequest) -> bool:
+    """Whether kernels are emulated: then shapes had better be small."""
+    return bool(request.config.getoption("--device") == "emulated")
 
 
 @pytest.fixture

@@ -121,8 +121,8 @@ def test_metrics(metric: str, n: int, k: int, d: int) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_metric_gradients(metric: str, device: torch.device) -> None:
-    if device.type == "cuda" and metric != "l2":
+def test_metric_gradients(metric: str, device: torch.device, kernels: str) -> None:
+    if kernels == "cuda" and metric != "l2":
         pytest.skip("CPU only")
     x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
     weight = torch.linspace(-1, 1, 50, device=device)
@@ -368,12 +368,12 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_opcheck(device: torch.device) -> None:
+def test_opcheck(device: torch.device, kernels: str) -> None:
     ops = torch.ops.t2p_fast
     x = torch.randn(2, 6, 5, 3, device=device, requires_grad=True)
     codebook = torch.randn(20, 6, device=device, requires_grad=True)
     indices = torch.randint(0, 20, (2, 5, 3), device=device)
-    for metric in METRICS if device.type == "cpu" else ("l2",):
+    for metric in METRICS if kernels == "cpu" else ("l2",):
         torch.library.opcheck(ops.vq_nearest.default, (x, codebook, metric, 1))
     half = x.detach().bfloat16().requires_grad_()
     torch.library.opcheck(ops.vq_nearest.default, (half, codebook, "l2", 1))
@@ -480,9 +480,11 @@ def test_forward_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 5])
-def test_lookup_of_an_index_out_of_range(index: int, device: torch.device) -> None:
+def test_lookup_of_an_index_out_of_range(
+    index: int, device: torch.device, kernels: str
+) -> None:
     indices, codebook = torch.tensor([0, index], device=device), torch.randn(5, 3, device=device)
-    if device.type == "cuda":
+    if kernels == "cuda":
         assert vq_lookup(indices, codebook)[1].isnan().all()
         return
     with pytest.raises(IndexError, match=rf"vq_lookup: index {index} is outside \[0, 5\)"):

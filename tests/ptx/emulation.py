@@ -204,7 +204,7 @@ class _LikeCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:
             return True
         result = func(*args, **kwargs)
         if func in _EMPTY:
