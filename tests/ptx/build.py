@@ -5,13 +5,14 @@ CMake and Ninja see to it that a second run of the tests compiles only what has 
 `build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["build", "nvcc"]
+__all__ = ["build", "compile_ptx", "nvcc"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,22 @@ def build(arch: str = "80") -> Path:
     _run(_tool("cmake"), "--build", str(folder), "--target", "_C_emulated")
     (library,) = folder.glob("_C_emulated*.so")
     return library
+
+
+def compile_ptx(source: Path, arch: str = "80") -> str:
+    """The PTX of one file, compiled again only if it has changed."""
+    folder = Path(os.environ.get("T2P_EMULATED_BUILD", ROOT / "build" / "emulated"))
+    folder.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    result = folder / f"{source.stem}-{arch}-{key}.ptx"
+    if not result.exists():
+        compiler = nvcc()
+        assert compiler
+        partial = result.with_suffix(f".{os.getpid()}")
+        _run(compiler, "-std=c++17", "-ptx", f"-arch=compute_{arch}", "-lineinfo", str(source),
+             "-o", str(partial))  # fmt: skip
+        partial.replace(result)
+    return result.read_text()
 
 
 def _tool(name: str) -> str:

@@ -174,6 +174,7 @@ class Compiler:
 
         self.function = _inlined(module, module.functions[name])
         self.addresses = addresses
+        self.known = _constant_registers(self.function)
         self.parameters: dict[str, tuple[int, int]] = {}
         offset = 0
         for parameter in self.function.parameters:
@@ -250,6 +251,8 @@ class Compiler:
         if not isinstance(operand, Name):
             raise NotModelled(f"the operand {operand}")
         name = operand.name
+        if name in self.known:
+            return self.constant(self.known[name].value, dtype)
         if name in self.function.registers:
             if operand.negated:
                 raise NotModelled(f"!{name} here")
@@ -404,6 +407,31 @@ def _layout(variables: list[Variable], gap: int) -> tuple[dict[str, int], int]:
         offsets[variable.name] = at
         at += variable.size + gap
     return offsets, at
+
+
+def _constant_registers(function: Function) -> dict[str, Immediate]:
+    """Registers that are written to once, with a constant: nvcc moves many there."""
+    writes: dict[str, int] = {}
+    values: dict[str, Immediate] = {}
+    for each in function.code:
+        first = each.operands[0] if each.operands else None
+        targets = (
+            first.items if isinstance(first, Vector)
+            else (first.first, first.second) if isinstance(first, Pair) else (first,)
+        )  # fmt: skip
+        for target in targets:
+            if isinstance(target, Name):
+                writes[target.name] = writes.get(target.name, 0) + 1
+        if re.fullmatch(r"mov\.[busf](16|32|64)", each.opcode) and not each.guard:
+            target, value = each.operands
+            bits = int(each.opcode[-2:])
+            if (
+                isinstance(target, Name)
+                and isinstance(value, Immediate)
+                and value.float_bits in (0, bits)
+            ):
+                values[target.name] = value
+    return {name: value for name, value in values.items() if writes[name] == 1}
 
 
 # Inlining -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 import subprocess
 from dataclasses import dataclass
 
-__all__ = ["Fault", "NotModelled", "Violation", "demangle"]
+__all__ = ["Fault", "NotModelled", "Violation", "demangle", "variable_name"]
 
 
 class NotModelled(NotImplementedError):
@@ -50,9 +50,17 @@ class Fault(Exception):
 
 def demangle(name: str) -> str:
     """The C++ name of a kernel without its arguments, or `name` itself where c++filt is missing."""
+    return _filt(name).split("(")[0].removeprefix("void ")
+
+
+def variable_name(name: str) -> str:
+    """The C++ name of a variable without what it stands in."""
+    return _filt(name.split("@")[0].split("#")[0]).split("::")[-1]
+
+
+def _filt(name: str) -> str:
     try:
         done = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return name
-    readable = done.stdout.strip().replace("(anonymous namespace)::", "")
-    return readable.split("(")[0].removeprefix("void ")
+    return done.stdout.strip().replace("(anonymous namespace)::", "")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.faults import Violation
+from ptx.faults import Violation, variable_name
 from ptx.races import Shadow, stamped_thread
 
 __all__ = ["GENERIC_LOCAL", "GENERIC_SHARED", "GlobalMemory", "Region", "host_bytes"]
@@ -68,7 +68,8 @@ class Region:
             starts = [start for start in self._symbols if start <= offset]
             if starts:
                 start = max(starts)
-                return f"{self._symbols[start]} + {offset - start} ({self.name} + {offset})"
+                name = variable_name(self._symbols[start])
+                return f"{name} + {offset - start} ({self.name} + {offset})"
             return f"{self.name} + {offset} of {self._part} bytes"
         return f"{self.name} + {offset - self.low} of {self.high - self.low} bytes"
 

@@ -322,7 +322,7 @@ class _Parser:
                 function.labels[_resolve(name, scopes)] = len(function.code)
                 continue
             statement = self._statement()
-            if statement.startswith(".loc"):
+            if statement.startswith(".loc "):
                 location = self._location(statement)
             elif statement.startswith("."):
                 self._declaration(function, statement, scopes)

@@ -24,6 +24,7 @@ __all__ = ["LANES", "Scheduler", "run"]
 Array = np.ndarray[Any, Any]
 
 LANES = 8192  # that run side by side: more costs cache, fewer costs calls of numpy
+_ALL_LANES = 0xFFFFFFFF
 _STEP_LIMIT = 20_000_000  # blocks of code; a loop that waits for what never comes ends here
 
 
@@ -52,6 +53,7 @@ class Scheduler:
         self.at_barrier = np.full(warps.count, nowhere)  # the block of code that it ends
         self.barrier_number = np.zeros(warps.count, np.int64)
         self.at_warp = np.full(warps.count, nowhere)
+        self.warps_wait = False  # whether any do
         self.at_wait = np.full(warps.count, nowhere)
         self.steps = 0
 
@@ -154,10 +156,20 @@ class Scheduler:
         w, control = self.w, block.control
         assert control
         assert control.index is not None
+        mask = w.registers[control.index]
+        if mask.ndim == 0 and mask == _ALL_LANES and not self.warps_wait:
+            packed = np.packbits(chosen).view(np.uint32)
+            if ((packed == _ALL_LANES) | (packed == 0)).all():  # the usual case, quickly
+                if chosen is not w.active:
+                    w.activate(chosen, full=False)
+                w.whole = True
+                control.step(w)
+                self._add(block.next, chosen)
+                return
         waiting = self.at_warp == block.start
         if waiting.any():
             chosen = chosen | waiting
-        masks = np.broadcast_to(w.registers[control.index], w.count)
+        masks = np.broadcast_to(mask, w.count)
         present = warp_words(chosen)
         mine = np.uint32(1) << w.lane
         stray = chosen & ((masks & mine) == 0)
@@ -169,17 +181,19 @@ class Scheduler:
             # Lanes of one mask go together: none of them goes before all are there.
             behind = np.repeat(missing.reshape(-1, WARP).any(1), WARP)
             self.at_warp[chosen & behind] = block.start
+            self.warps_wait = True
             chosen = chosen & ~behind
             if not chosen.any():
                 return
         self.at_warp[chosen] = -1
+        self.warps_wait = bool((self.at_warp >= 0).any())
         live = int(np.count_nonzero(w.live))
         w.activate(chosen, full=int(np.count_nonzero(chosen)) == live)
         odd = chosen & (masks != present)
         if odd.any():
             # Several masks in one warp: one after another, by mask.
-            for mask in np.unique(masks[odd]):
-                part = odd & (masks == mask)
+            for one in np.unique(masks[odd]):
+                part = odd & (masks == one)
                 w.activate(part, full=False)
                 control.step(w)
             w.activate(chosen & ~odd, full=False)

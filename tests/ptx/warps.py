@@ -28,6 +28,7 @@ class Warps:
     Attributes:
         registers: Views of registers and constants, by the slots that `compiler.py` gave out.
         active: Lanes that run now. `mask` is the same, or None where all live lanes run.
+        whole: Whether the active lanes are known to be whole warps.
         live: Lanes that have not exited.
         lane, block, thread: Number in the warp; of the block in the grid; in the block.
     """
@@ -74,6 +75,7 @@ class Warps:
 
         self.active = self.live.copy()
         self.mask: Array | None = None
+        self.whole = False
         self._lanes: Array | None = None
         self.registers: list[Any] = program.allocate(self)
 
@@ -84,6 +86,7 @@ class Warps:
     def activate(self, active: Array, full: bool) -> None:
         self.active = active
         self.mask = None if full else active
+        self.whole = False
         self._lanes = None
 
     @property

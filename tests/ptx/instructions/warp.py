@@ -24,6 +24,23 @@ Array = np.ndarray[Any, Any]
 Match = re.Match[str]
 
 
+def _sources(mode: str, lane: Array, offset: Array, limit: Array) -> tuple[Array, Array]:
+    """From which lane each lane reads, and whether that is within its segment."""
+    offset = offset & 31
+    segment, clamp = (limit >> 8) & 31, limit & 31
+    last = (lane & segment) | (clamp & ~segment)
+    if mode == "up":
+        source = lane - offset
+        valid = source >= last
+    elif mode == "idx":
+        source = (lane & segment) | (offset & ~segment)
+        valid = source <= last
+    else:
+        source = lane + offset if mode == "down" else lane ^ offset
+        valid = source <= last
+    return np.where(valid, source, lane), valid
+
+
 @instruction(r"(shfl)\.sync\.(?P<mode>up|down|bfly|idx)\.b32")
 def _shuffle(code: Compiler, ins: Instruction, match: Match) -> Control:
     first, second = pair(ins.operands[0])
@@ -33,24 +50,27 @@ def _shuffle(code: Compiler, ins: Instruction, match: Match) -> Control:
     flag = code.target(second, np.bool_) if second else None
     mode = match["mode"]
 
+    constants = [code.slots[slot] for slot in slots[1:]]
+    table = None
+    if all(kind == "constant" for kind, _, _ in constants):
+        table = _sources(mode, np.arange(WARP), *(np.int64(value) for _, value, _ in constants))
+
     def step(w: "Warps") -> None:
-        r, lanes = w.registers, w.lanes
+        r = w.registers
         value = np.broadcast_to(r[slots[0]], w.count)
-        offset, limit = (np.broadcast_to(r[s], w.count)[lanes] for s in slots[1:])
+        if table is not None and w.whole:
+            result = value.reshape(-1, WARP)[:, table[0]].reshape(-1)
+            if to is not None:
+                np.copyto(r[to], result, where=True if w.mask is None else w.mask)
+            if flag is not None:
+                np.copyto(r[flag], np.tile(table[1], w.count // WARP), where=w.active)
+            return
+        lanes = w.lanes
         lane = w.lane[lanes].astype(np.int64)
-        offset, limit = (offset & 31).astype(np.int64), limit.astype(np.int64)
-        segment, clamp = (limit >> 8) & 31, limit & 31
-        low, high = lane & segment, (lane & segment) | (clamp & ~segment)
-        if mode == "up":
-            source = lane - offset
-            valid = source >= high
-        elif mode == "idx":
-            source = low | (offset & ~segment)
-            valid = source <= high
-        else:
-            source = lane + offset if mode == "down" else lane ^ offset
-            valid = source <= high
-        source = np.where(valid, source, lane)
+        offset, limit = (
+            np.broadcast_to(r[s], w.count)[lanes].astype(np.int64) for s in slots[1:]
+        )
+        source, valid = _sources(mode, lane, offset, limit)
         where = lanes - lane + source
         missing = ~w.active[where]
         if missing.any():
