@@ -159,7 +159,8 @@ def exact_fma64(a: Array, b: Array, c: Array) -> Array:
     result = v_high + round_to_odd_sum(t_low, v_low)
     plain = a * b + c
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
-    result = np.where(finite, result, plain)
+    # The sum of the parts loses the sign of an exact zero.
+    result = np.where(finite & ~((result == 0) & (plain == 0)), result, plain)
     with np.errstate(all="ignore"):
         sizes = [np.abs(x) for x in (a, b, c, high)]
     risky = np.zeros(a.shape, bool)
