@@ -98,8 +98,9 @@ HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize(("n", "k", "d"), [(130, 3000, 5), (130, 9000, 8), (130, 500, 100)])
 def test_nearest_is_exact_on_hard_data(
-    hard: str, n: int, k: int, d: int, device: torch.device
+    hard: str, n: int, k: int, d: int, device: torch.device, emulated: bool
 ) -> None:
+    k = k // 5 if emulated else k
     x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
@@ -480,9 +481,7 @@ def test_forward_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 5])
-def test_lookup_of_an_index_out_of_range(
-    index: int, device: torch.device, kernels: str
-) -> None:
+def test_lookup_of_an_index_out_of_range(index: int, device: torch.device, kernels: str) -> None:
     indices, codebook = torch.tensor([0, index], device=device), torch.randn(5, 3, device=device)
     if kernels == "cuda":
         assert vq_lookup(indices, codebook)[1].isnan().all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An emulator of PTX: runs what nvcc emitted for a GPU on tensors in ordinary memory, and checks it.
+"""An emulator of PTX: runs what nvcc emitted for a GPU on tensors in ordinary memory, with checks.
 
 The way of a launch, file by file:
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `_C_emulated`: the package's own sources, with PTX inside and no GPU behind.
 
-CMake and Ninja see to it that a second run of the tests compiles only what has changed. The folder is
-`build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
+CMake and Ninja see to it that a second run of the tests compiles only what has changed. The folder
+is `build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
 """
 
 import hashlib

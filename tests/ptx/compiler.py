@@ -6,6 +6,7 @@ constants and special registers. A closure takes the `Warps` it works on and fin
 their slots, so that one compilation serves all launches.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -154,9 +155,7 @@ def handler_of(opcode: str) -> tuple[Handler, "re.Match[str]"]:
     raise NotModelled(f"the instruction {opcode}")
 
 
-def compile_kernel(
-    module: Module, name: str, addresses: dict[str, int], gap: int = 64
-) -> Program:
+def compile_kernel(module: Module, name: str, addresses: dict[str, int], gap: int = 64) -> Program:
     """The kernel `name` as a program.
 
     Args:
@@ -190,7 +189,7 @@ class Compiler:
         self.shared, self.shared_size = _layout([v for v in shared if v.size], gap)
         align = max([v.align for v in shared if not v.size], default=16)
         self.shared_size = -(-self.shared_size // align) * align
-        starts = sorted(self.shared[v.name] for v in shared if v.size) + [self.shared_size]
+        starts = [*sorted(self.shared[v.name] for v in shared if v.size), self.shared_size]
         ends = sorted(self.shared[v.name] + v.size for v in shared if v.size)
         self.shared_gaps = [(e, s) for e, s in zip(ends, starts[1:], strict=True) if s > e]
         self.shared.update({v.name: self.shared_size for v in shared if not v.size})
@@ -381,7 +380,7 @@ class Compiler:
                 starts.add(i + 1)
         blocks: dict[int, Block] = {}
         ends = sorted(starts | {len(code)})
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in itertools.pairwise(ends):
             block = Block(start, next=end)
             for each, made in zip(code[start:end], compiled[start:end], strict=True):
                 guard = None
@@ -495,9 +494,7 @@ def _inlined(module: Module, kernel: Function) -> Function:
                 continue
             if each.opcode in ("ret", "ret.uni") and stack:
                 end = f"return{suffix}"
-                result.code.append(
-                    replace(each, opcode="bra", operands=(Name(end),), guard=guard)
-                )
+                result.code.append(replace(each, opcode="bra", operands=(Name(end),), guard=guard))
                 continue
             operands = tuple(_renamed(operand, rename) for operand in each.operands)
             result.code.append(replace(each, operands=operands, guard=guard))
@@ -521,5 +518,3 @@ def _renamed(operand: Operand, rename: Callable[[str], str]) -> Operand:
         first, second = (replace(n, name=rename(n.name)) for n in (operand.first, operand.second))
         return Pair(first, second)
     return operand
-
-

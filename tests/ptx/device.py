@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulated GPU: what the CUDA runtime of `cudart/fake_cudart.cpp` asks for.
 
-"Device" addresses are addresses of the host, so that a launch needs no copies. Which of them a kernel
-may use is said by `regions`; memory that nobody registered is out of bounds.
+"Device" addresses are addresses of the host, so that a launch needs no copies. Which of them a
+kernel may use is said by `regions`; memory that nobody registered is out of bounds.
 """
 
 import ctypes
@@ -207,9 +207,7 @@ class Device:
         self._limits[number, name.decode()] = size
         return _SUCCESS
 
-    def _occupancy(
-        self, number: int, name: bytes, threads: int, dynamic: int, blocks: Any
-    ) -> int:
+    def _occupancy(self, number: int, name: bytes, threads: int, dynamic: int, blocks: Any) -> int:
         """By threads and shared memory; PTX does not know how many registers there will be."""
         program = self.program(number, name.decode())
         shared = program.shared_size + dynamic + 1024

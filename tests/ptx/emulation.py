@@ -3,8 +3,8 @@
 
 Nothing of it is in the package. Before `t2p_fast.ops` is imported,
 
-- `_C` becomes a stand-in that hands tensors to `_C_emulated` as if they were on "cuda:0": as objects
-  with the attributes that the bindings read where torch has no table of functions for them;
+- `_C` becomes a stand-in that hands tensors to `_C_emulated` as if they were on "cuda:0": as
+  objects with the attributes that the bindings read where torch has no table of functions for them;
 - `define_op` gives the CUDA implementation to the dispatcher for CPU tensors. While that runs,
   `Tensor.is_cuda` is true, and new tensors are known to be empty: reading them before they were
   written to is a fault, and so is a result that was never written to.
@@ -200,9 +200,7 @@ class _LikeCuda(TorchFunctionMode):
         self.emulation = emulation
         self.alive: list[torch.Tensor] = []  # so that no address is used twice
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == torch.Tensor.is_cuda.__get__:
             return True

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buffers, and what may be done with them.
 
-A `Region` is one buffer: a tensor, a variable, or the shared or local memory of all threads that run
-together. Its state is kept by granules, as large as the narrowest access so far, so that neighbours
-of 16 bits are told apart and float32 costs no more than it must.
+A `Region` is one buffer: a tensor, a variable, or the shared or local memory of all threads that
+run together. Its state is kept by granules, as large as the narrowest access so far, so that
+neighbours of 16 bits are told apart and float32 costs no more than it must.
 """
 
 import ctypes
@@ -157,7 +157,9 @@ class Region:
         if self.holes is not None and (writes or self.written is None):
             bad = self.holes[granules]
             if bad.any():
-                complain("out of bounds", f"{kind} outside of variable or view: ", int(bad.argmax()))
+                complain(
+                    "out of bounds", f"{kind} outside of variable or view: ", int(bad.argmax())
+                )
         if self.pending_count and self.pending is not None:
             bad = self.pending[granules]
             if bad.any():

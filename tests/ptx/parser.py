@@ -97,7 +97,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable in shared, local, global or constant memory; `size` 0 for dynamic shared memory."""
+    """A variable in shared, local, global or constant memory; of size 0 if dynamic."""
 
     name: str
     space: str
@@ -256,9 +256,7 @@ class _Parser:
             if not match or match[2] not in _SIZES:
                 raise NotModelled(f"the parameter `{part}`")
             item = _SIZES[match[2]]
-            parameters.append(
-                Parameter(match[3], item * int(match[4] or 1), int(match[1] or item))
-            )
+            parameters.append(Parameter(match[3], item * int(match[4] or 1), int(match[1] or item)))
         return parameters
 
     def _function(self) -> None:

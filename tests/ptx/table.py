@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tiny kernel per instruction, its inputs, and what it should give, in plain Python.
 
-The table serves twice: `test_instructions.py` holds the emulator to it, and `record.py` runs the same
-kernels on a GPU, whose outputs `test_recorded.py` then holds both to. References work on one lane, on
-Python integers and on floats as exact fractions where rounding matters; none of them uses the
-emulator's own arithmetic.
+The table serves twice: `test_instructions.py` holds the emulator to it, and `record.py` runs the
+same kernels on a GPU, whose outputs `test_recorded.py` then holds both to.
 """
 
 import math
-import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
+
+from ptx import references as ref
 
 __all__ = ["CASES", "LANES", "Case", "inputs", "numpy_type", "ptx_of"]
 
@@ -28,7 +26,10 @@ _NUMPY = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.ui
 
 def numpy_type(kind: str) -> Any:
     """How values of a type lie in memory."""
-    return _NUMPY.get(kind) or np.dtype(("i" if kind[0] == "s" else "u") + str(int(kind[1:]) // 8)).type
+    return (
+        _NUMPY.get(kind)
+        or np.dtype(("i" if kind[0] == "s" else "u") + str(int(kind[1:]) // 8)).type
+    )
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def _column(kind: str, place: int, generator: np.random.Generator) -> Array:
              -(2.0**63), 1e-310, 2.0**32, -2.5, 2.0**-200, 3.0, 1e16, -7.0]
         )  # fmt: skip
     elif kind in ("f16", "bf16", "f16x2", "bf16x2"):
-        halves = [0, 0x8000, 0x3C00, 0xBC00, 0x7C00, 0xFC00, 0x7E00, 1, 0x8001, 0x0400, 0x7BFF, 0x3F80,
-                  0xBF80, 0x7F80, 0xFF80, 0x7FC0, 0x0080, 0x7F7F, 0x4000, 0x3800]  # fmt: skip
+        halves = [0, 0x8000, 0x3C00, 0xBC00, 0x7C00, 0xFC00, 0x7E00, 1, 0x8001, 0x0400,
+                  0x7BFF, 0x3F80, 0xBF80, 0x7F80, 0xFF80, 0x7FC0, 0x0080, 0x7F7F, 0x4000,
+                  0x3800]  # fmt: skip
         special = np.array(halves, np.uint16).astype(np.uint16 if bits == 16 else np.uint32)
         if bits == 32:
             special = special | (np.roll(special, 7) << np.uint32(16))
@@ -102,7 +104,7 @@ def _column(kind: str, place: int, generator: np.random.Generator) -> Array:
     chosen = special[index % count if place == 0 else (index // count + 7 * (place - 1)) % count]
     if kind in ("f32", "f64") and place < 3:
         # Exponents near each other, so that sums round and do not just absorb.
-        noise = (generator.standard_normal(LANES) * 2.0 ** generator.integers(-6, 7, LANES))
+        noise = generator.standard_normal(LANES) * 2.0 ** generator.integers(-6, 7, LANES)
         random = noise.astype(dtype)
     elif kind in ("u8", "s8"):
         random = (raw >> np.uint64(56)).astype(np.uint8).view(dtype)
@@ -147,283 +149,6 @@ def ptx_of(case: Case, version: str = "8.0", target: str = "sm_80") -> str:
     return "\n".join([*lines, "ret;", "}", ""])
 
 
-# References ---------------------------------------------------------------------------------------
-
-
-def _wrap(value: int, kind: str) -> int:
-    bits = int(kind[1:])
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if kind[0] == "s" and value >> (bits - 1) else value
-
-
-def _round(exact: Fraction, digits: int, smallest: int, largest: float, mode: str = "rn") -> float:
-    """An exact number to `digits` bits, no finer than 2^smallest."""
-    if exact == 0:
-        return 0.0
-    exponent = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
-    while abs(exact) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    while abs(exact) < Fraction(2) ** exponent:
-        exponent -= 1
-    unit = Fraction(2) ** max(exponent - digits + 1, smallest)
-    quotient = exact / unit
-    whole = math.floor(quotient)
-    rest = quotient - whole
-    up = {
-        "rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1),
-        "rz": rest > 0 and quotient < 0, "rm": False, "rp": rest > 0,
-    }[mode]  # fmt: skip
-    rounded = (whole + int(up)) * unit
-    if abs(rounded) > Fraction(largest):
-        toward = {"rn": True, "rz": False, "rm": rounded < 0, "rp": rounded > 0}[mode]
-        return (math.inf if toward else largest) * (1 if rounded > 0 else -1)
-    return float(rounded) if rounded else (0.0 if exact > 0 else -0.0)
-
-
-_FORMATS = {"f16": (11, -24, 65504.0), "bf16": (8, -133, float.fromhex("0x1.fep127")),
-            "f32": (24, -149, float.fromhex("0x1.fffffep127")),
-            "f64": (53, -1074, float.fromhex("0x1.fffffffffffffp1023"))}  # fmt: skip
-
-
-def _to(kind: str, mode: str = "rn") -> Callable[[Any], float]:
-    def run(value: Any) -> float:
-        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) or value == 0):
-            return value
-        return _round(Fraction(value), *_FORMATS[kind], mode=mode)
-
-    return run
-
-
-def _exactly(formula: Callable[..., Any], kind: str, mode: str = "rn") -> Callable[..., float]:
-    """A formula in fractions, rounded once; in float where an argument is not finite or 0."""
-
-    def run(*arguments: Any) -> float:
-        values = [float(a) for a in arguments]
-        if all(math.isfinite(v) for v in values):
-            exact = formula(*(Fraction(v) for v in values))
-            if exact != 0:
-                return _round(exact, *_FORMATS[kind], mode=mode)
-            zero = float(formula(*values))
-            return -0.0 if mode == "rm" and zero == 0 and _signs_differ(formula, values) else zero
-        return float(formula(*values))
-
-    return run
-
-
-def _signs_differ(formula: Callable[..., Any], values: list[float]) -> bool:
-    """Whether an exact zero is a cancelled sum, which rounds down to -0."""
-    product = math.copysign(1, float(formula(*values))) > 0 and any(values)
-    return bool(product)
-
-
-def _bf16(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", int(bits) << 16))[0])
-
-
-def _bf16_bits(value: float) -> int:
-    if math.isnan(value):
-        return 0x7FFF
-    return struct.unpack("<I", struct.pack("<f", _to("bf16")(value)))[0] >> 16
-
-
-def _f16_bits(value: float) -> int:
-    if math.isnan(value):
-        return 0x7FFF
-    return struct.unpack("<H", struct.pack("<e", _to("f16")(value)))[0]
-
-
-def _f16(bits: int) -> float:
-    return float(struct.unpack("<e", struct.pack("<H", int(bits)))[0])
-
-
-def _flush(value: float) -> float:
-    return math.copysign(0.0, value) if abs(value) < 2.0**-126 else value
-
-
-def _ftz(reference: Callable[..., float]) -> Callable[..., float]:
-    return lambda *a: _flush(reference(*(_flush(float(v)) for v in a)))
-
-
-def _sat(reference: Callable[..., float]) -> Callable[..., float]:
-    def run(*arguments: Any) -> float:
-        value = reference(*arguments)
-        return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0) + 0.0
-
-    return run
-
-
-def _minimum(a: float, b: float, *, nan: bool = False, sign: int = 1) -> float:
-    a, b = float(a), float(b)
-    if math.isnan(a) or math.isnan(b):
-        return math.nan if nan or (math.isnan(a) and math.isnan(b)) else b if math.isnan(a) else a
-    if a == b:
-        return a if sign * math.copysign(1, a) < sign * math.copysign(1, b) else b
-    return min(a, b) if sign > 0 else max(a, b)
-
-
-def _maximum(a: float, b: float, **how: Any) -> float:
-    return _minimum(a, b, sign=-1, **how)
-
-
-def _halves(operation: Callable[..., float], kind: str) -> Callable[..., int]:
-    """Both halves of pairs."""
-    decode, encode = (_bf16, _bf16_bits) if kind == "bf16" else (_f16, _f16_bits)
-
-    def run(*pairs: Any) -> int:
-        low = encode(operation(*(decode(int(p) & 0xFFFF) for p in pairs)))
-        high = encode(operation(*(decode(int(p) >> 16) for p in pairs)))
-        return low | high << 16
-
-    return run
-
-
-def _half(operation: Callable[..., float], kind: str) -> Callable[..., Any]:
-    if kind == "f16":
-        return lambda *a: operation(*(float(v) for v in a))
-    return lambda *a: _bf16_bits(operation(*(_bf16(v) for v in a)))
-
-
-def _truncated(a: int, b: int) -> int:
-    return int(math.copysign(1, a) * math.copysign(1, b)) * (abs(a) // abs(b))
-
-
-def _to_integer(kind: str, rounding: Callable[[float], Any]) -> Callable[[Any], int]:
-    bits = int(kind[1:])
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if kind[0] == "s" else (0, (1 << bits) - 1)
-
-    def run(value: Any) -> int:
-        value = float(value)
-        if math.isnan(value):
-            return 0 if bits < 64 else (1 << 63 if low == 0 else low)
-        if math.isinf(value):
-            return high if value > 0 else low
-        return int(min(max(int(rounding(value)), low), high))
-
-    return run
-
-
-def _compare(relation: str) -> Callable[..., bool]:
-    plain = {
-        "eq": lambda a, b: a == b, "ne": lambda a, b: a != b and a == a and b == b,
-        "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
-        "ge": lambda a, b: a >= b, "num": lambda a, b: a == a and b == b,
-        "nan": lambda a, b: a != a or b != b,
-    }  # fmt: skip
-    if relation in plain:
-        return plain[relation]
-    base = plain[relation[:-1]]
-    return lambda a, b: base(a, b) or a != a or b != b
-
-
-def _prmt(a: int, b: int, c: int) -> int:
-    octets = int(a).to_bytes(4, "little") + int(b).to_bytes(4, "little")
-    result = 0
-    for j in range(4):
-        nibble = int(c) >> 4 * j & 15
-        byte = octets[nibble & 7]
-        result |= (255 * (byte >> 7) if nibble & 8 else byte) << 8 * j
-    return result
-
-
-def _bfe(kind: str) -> Callable[..., int]:
-    bits = int(kind[1:])
-
-    def run(x: int, position: int, length: int) -> int:
-        position, length = int(position) & 255, int(length) & 255
-        pattern = int(x) & ((1 << bits) - 1)
-        sign = 0
-        if kind[0] == "s" and length:
-            sign = pattern >> min(position + length - 1, bits - 1) & 1
-        result = 0
-        for i in range(bits):
-            inside = i < length and position + i < bits
-            result |= (pattern >> (position + i) & 1 if inside else sign) << i
-        return _wrap(result, kind)
-
-    return run
-
-
-def _bfi(field: int, into: int, position: int, length: int) -> int:
-    position, length = int(position) & 255, int(length) & 255
-    result = int(into)
-    for i in range(length):
-        if position + i < 32:
-            result = result & ~(1 << position + i) | (int(field) >> i & 1) << position + i
-    return result
-
-
-def _shift(kind: str, left: bool) -> Callable[..., int]:
-    bits = int(kind[1:])
-
-    def run(x: int, n: int) -> int:
-        n = min(int(n), bits)
-        return _wrap(int(x) << n if left else int(x) >> n, kind)
-
-    return run
-
-
-def _funnel(left: bool, wrap: bool) -> Callable[..., int]:
-    def run(low: int, high: int, n: int) -> int:
-        n = int(n) & 31 if wrap else min(int(n), 32)
-        both = int(high) << 32 | int(low)
-        return (both << n >> 32 if left else both >> n) & 0xFFFFFFFF
-
-    return run
-
-
-def _divide(a: float, b: float) -> float:
-    if b == 0:
-        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1, b)
-    return a / b
-
-
-def _quotient(kind: str) -> Callable[..., float]:
-    def run(a: Any, b: Any) -> float:
-        a, b = float(a), float(b)
-        if not (math.isfinite(a) and math.isfinite(b)) or a == 0 or b == 0:
-            return _divide(a, b)
-        return _round(Fraction(a) / Fraction(b), *_FORMATS[kind])
-
-    return run
-
-
-def _root(kind: str) -> Callable[[Any], float]:
-    def run(value: Any) -> float:
-        value = float(value)
-        if value <= 0 or not math.isfinite(value):
-            return value if value == 0 or value == math.inf else math.nan
-        scale = 1 << 400
-        exact = Fraction(math.isqrt(int(Fraction(value) * scale * scale * 4 ** 1100 // 1)), scale * 2**1100)
-        return _round(exact, *_FORMATS[kind])
-
-    return run
-
-
-def _protected(function: Callable[[float], float]) -> Callable[[Any], float]:
-    """A function of math, with the results of CUDA where Python raises."""
-
-    def run(value: Any) -> float:
-        try:
-            return function(float(value))
-        except OverflowError:
-            return math.inf
-        except (ValueError, ZeroDivisionError):
-            x = float(value)
-            if x == 0:
-                return math.copysign(math.inf, x) if function is _reciprocal or function is _rsqrt else -math.inf
-            return math.nan
-
-    return run
-
-
-def _reciprocal(x: float) -> float:
-    return 1 / x
-
-
-def _rsqrt(x: float) -> float:
-    return 1 / math.sqrt(x)
-
-
 def _c(opcode: str, signature: str, reference: Callable[..., Any], **how: Any) -> Case:
     """`signature` is "result source source ..."."""
     result, *sources = signature.split()
@@ -434,7 +159,7 @@ def _integers() -> list[Case]:
     cases = []
     for kind in ("s16", "u16", "s32", "u32", "s64", "u64"):
         bits, two = int(kind[1:]), f"{kind} {kind} {kind}"
-        wrap = lambda f, k=kind: lambda *a: _wrap(f(*(int(v) for v in a)), k)  # noqa: E731
+        wrap = lambda f, k=kind: lambda *a: ref.wrap(f(*(int(v) for v in a)), k)  # noqa: E731
         cases += [
             _c(f"add.{kind}", two, wrap(lambda a, b: a + b)),
             _c(f"sub.{kind}", two, wrap(lambda a, b: a - b)),
@@ -445,7 +170,7 @@ def _integers() -> list[Case]:
             _c(f"max.{kind}", two, wrap(max)),
             _c(f"setp.lt.{kind}", f"pred {kind} {kind}", lambda a, b: a < b),
             _c(f"setp.ge.{kind}", f"pred {kind} {kind}", lambda a, b: a >= b),
-            _c(f"shr.{kind}", f"{kind} {kind} u32", _shift(kind, False)),
+            _c(f"shr.{kind}", f"{kind} {kind} u32", ref.shift(kind, False)),
             _c(f"selp.{kind}", f"{kind} {kind} {kind} pred", lambda a, b, p: a if p else b),
         ]
         if bits < 64:
@@ -453,7 +178,7 @@ def _integers() -> list[Case]:
             cases += [
                 _c(f"mul.wide.{kind}", f"{wide} {kind} {kind}", lambda a, b: int(a) * int(b)),
                 _c(f"mad.wide.{kind}", f"{wide} {kind} {kind} {wide}",
-                   lambda a, b, c, k=wide: _wrap(int(a) * int(b) + int(c), k)),
+                   lambda a, b, c, k=wide: ref.wrap(int(a) * int(b) + int(c), k)),
             ]  # fmt: skip
         if kind[0] == "s":
             cases += [
@@ -467,11 +192,11 @@ def _integers() -> list[Case]:
             _c(f"or.{kind}", two, lambda a, b: int(a) | int(b)),
             _c(f"xor.{kind}", two, lambda a, b: int(a) ^ int(b)),
             _c(f"not.{kind}", f"{kind} {kind}", lambda a, m=mask: ~int(a) & m),
-            _c(f"shl.{kind}", f"{kind} {kind} u32", _shift("u" + kind[1:], True)),
+            _c(f"shl.{kind}", f"{kind} {kind} u32", ref.shift("u" + kind[1:], True)),
         ]
     for kind in ("u32", "u64", "s32", "s64"):
         cases += [
-            _c(f"bfe.{kind}", f"{kind} {kind} u32 u32", _bfe(kind)),
+            _c(f"bfe.{kind}", f"{kind} {kind} u32 u32", ref.bfe(kind)),
             _c(f"bfind.{kind}", f"u32 {kind}",
                lambda a: (~int(a) if a < 0 else int(a)).bit_length() - 1 & 0xFFFFFFFF),
         ]  # fmt: skip
@@ -492,15 +217,15 @@ def _integers() -> list[Case]:
         _c("mul24.lo.u32", "u32 u32 u32",
            lambda a, b: (int(a) & 0xFFFFFF) * (int(b) & 0xFFFFFF) & 0xFFFFFFFF),
         _c("sad.s32", "s32 s32 s32 s32",
-           lambda a, b, c: _wrap(abs(int(a) - int(b)) + int(c), "s32")),
-        _c("bfi.b32", "b32 b32 b32 u32 u32", _bfi),
-        _c("prmt.b32", three, _prmt),
+           lambda a, b, c: ref.wrap(abs(int(a) - int(b)) + int(c), "s32")),
+        _c("bfi.b32", "b32 b32 b32 u32 u32", ref.bfi),
+        _c("prmt.b32", three, ref.prmt),
         _c("lop3.b32", three, lambda a, b, c: majority(int(a), int(b), int(c)), extra=", 0xe8"),
         _c("lop3.b32", three, lambda a, b, c: parity(int(a), int(b), int(c)), extra=", 0x96"),
-        _c("shf.l.wrap.b32", three, _funnel(True, True)),
-        _c("shf.l.clamp.b32", three, _funnel(True, False)),
-        _c("shf.r.wrap.b32", three, _funnel(False, True)),
-        _c("shf.r.clamp.b32", three, _funnel(False, False)),
+        _c("shf.l.wrap.b32", three, ref.funnel(True, True)),
+        _c("shf.l.clamp.b32", three, ref.funnel(True, False)),
+        _c("shf.r.wrap.b32", three, ref.funnel(False, True)),
+        _c("shf.r.clamp.b32", three, ref.funnel(False, False)),
         _c("cnot.b32", "b32 b32", lambda a: int(a == 0)),
     ]  # fmt: skip
 
@@ -514,14 +239,14 @@ def _floats() -> list[Case]:
     for kind in ("f32", "f64"):
         two = f"{kind} {kind} {kind}"
         for name, formula in formulas.items():
-            cases.append(_c(f"{name}.{kind}", two, _exactly(formula, kind)))
+            cases.append(_c(f"{name}.{kind}", two, ref.exactly(formula, kind)))
         cases += [
-            _c(f"fma.rn.{kind}", f"{two} {kind}", _exactly(fma, kind)),
-            _c(f"div.rn.{kind}", two, _quotient(kind)),
-            _c(f"sqrt.rn.{kind}", f"{kind} {kind}", _root(kind)),
-            _c(f"rcp.rn.{kind}", f"{kind} {kind}", lambda a, k=kind: _quotient(k)(1.0, a)),
-            _c(f"min.{kind}", two, _minimum),
-            _c(f"max.{kind}", two, _maximum),
+            _c(f"fma.rn.{kind}", f"{two} {kind}", ref.exactly(fma, kind)),
+            _c(f"div.rn.{kind}", two, ref.quotient(kind)),
+            _c(f"sqrt.rn.{kind}", f"{kind} {kind}", ref.root(kind)),
+            _c(f"rcp.rn.{kind}", f"{kind} {kind}", lambda a, k=kind: ref.quotient(k)(1.0, a)),
+            _c(f"min.{kind}", two, ref.minimum),
+            _c(f"max.{kind}", two, ref.maximum),
             _c(f"neg.{kind}", f"{kind} {kind}", lambda a: -float(a)),
             _c(f"abs.{kind}", f"{kind} {kind}", lambda a: abs(float(a))),
             _c(f"copysign.{kind}", two, lambda a, b: math.copysign(float(b), float(a))),
@@ -529,69 +254,48 @@ def _floats() -> list[Case]:
         for relation in ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu",
                          "geu", "num", "nan"):  # fmt: skip
             cases.append(
-                _c(f"setp.{relation}.{kind}", f"pred {kind} {kind}", _compare(relation))
+                _c(f"setp.{relation}.{kind}", f"pred {kind} {kind}", ref.compare(relation))
             )
     for name, formula in formulas.items():
-        exact = _exactly(formula, "f32")
+        exact = ref.exactly(formula, "f32")
         cases += [
-            _c(f"{name}.ftz.f32", "f32 f32 f32", _ftz(exact)),
-            _c(f"{name}.sat.f32", "f32 f32 f32", _sat(exact)),
+            _c(f"{name}.ftz.f32", "f32 f32 f32", ref.ftz(exact)),
+            _c(f"{name}.sat.f32", "f32 f32 f32", ref.sat(exact)),
         ]
     for mode in ("rz", "rm", "rp"):
-        cases.append(_c(f"fma.{mode}.f32", "f32 f32 f32 f32", _finite(_exactly(fma, "f32", mode))))
         cases.append(
-            _c(f"mul.{mode}.f32", "f32 f32 f32", _finite(_exactly(formulas["mul"], "f32", mode)))
+            _c(f"fma.{mode}.f32", "f32 f32 f32 f32", ref.finite(ref.exactly(fma, "f32", mode)))
+        )
+        cases.append(
+            _c(
+                f"mul.{mode}.f32",
+                "f32 f32 f32",
+                ref.finite(ref.exactly(formulas["mul"], "f32", mode)),
+            )
         )
     return [
         *cases,
-        _c("fma.rn.ftz.f32", "f32 f32 f32 f32", _ftz(_exactly(fma, "f32"))),
-        _c("fma.rn.sat.f32", "f32 f32 f32 f32", _sat(_exactly(fma, "f32"))),
-        _c("min.NaN.f32", "f32 f32 f32", lambda a, b: _minimum(a, b, nan=True)),
-        _c("max.NaN.f32", "f32 f32 f32", lambda a, b: _maximum(a, b, nan=True)),
-        _c("ex2.approx.f32", "f32 f32", _protected(lambda x: 2.0**x), relative=2.0**-22),
-        _c("ex2.approx.ftz.f32", "f32 f32", _ftz(_protected(lambda x: 2.0**x)),
+        _c("fma.rn.ftz.f32", "f32 f32 f32 f32", ref.ftz(ref.exactly(fma, "f32"))),
+        _c("fma.rn.sat.f32", "f32 f32 f32 f32", ref.sat(ref.exactly(fma, "f32"))),
+        _c("min.NaN.f32", "f32 f32 f32", lambda a, b: ref.minimum(a, b, nan=True)),
+        _c("max.NaN.f32", "f32 f32 f32", lambda a, b: ref.maximum(a, b, nan=True)),
+        _c("ex2.approx.f32", "f32 f32", ref.protected(lambda x: 2.0**x), relative=2.0**-22),
+        _c("ex2.approx.ftz.f32", "f32 f32", ref.ftz(ref.protected(lambda x: 2.0**x)),
            relative=2.0**-22),
-        _c("lg2.approx.f32", "f32 f32", _protected(math.log2), relative=2.0**-22,
+        _c("lg2.approx.f32", "f32 f32", ref.protected(math.log2), relative=2.0**-22,
            absolute=2.0**-22),
-        _c("rcp.approx.f32", "f32 f32", _protected(_reciprocal), relative=2.0**-23),
-        _c("sqrt.approx.f32", "f32 f32", _protected(lambda x: math.copysign(math.sqrt(x), x)),
+        _c("rcp.approx.f32", "f32 f32", ref.protected(ref.reciprocal), relative=2.0**-23),
+        _c("sqrt.approx.f32", "f32 f32", ref.protected(lambda x: math.copysign(math.sqrt(x), x)),
            relative=2.0**-23),
-        _c("rsqrt.approx.f32", "f32 f32", _protected(_rsqrt), relative=2.0**-22.9),
+        _c("rsqrt.approx.f32", "f32 f32", ref.protected(ref.rsqrt), relative=2.0**-22.9),
         _c("tanh.approx.f32", "f32 f32", lambda x: math.tanh(x), relative=2.0**-11),
-        _c("sin.approx.f32", "f32 f32", _near(math.sin), absolute=2.0**-20.5),
-        _c("cos.approx.f32", "f32 f32", _near(math.cos), absolute=2.0**-20.5),
-        _c("div.full.f32", "f32 f32 f32", _within(_quotient("f32")), relative=2.0**-22),
-        _c("div.approx.f32", "f32 f32 f32", _within(_quotient("f32")), relative=2.0**-22),
+        _c("sin.approx.f32", "f32 f32", ref.near(math.sin), absolute=2.0**-20.5),
+        _c("cos.approx.f32", "f32 f32", ref.near(math.cos), absolute=2.0**-20.5),
+        _c("div.full.f32", "f32 f32 f32", ref.within(ref.quotient("f32")), relative=2.0**-22),
+        _c("div.approx.f32", "f32 f32 f32", ref.within(ref.quotient("f32")), relative=2.0**-22),
         _c("testp.subnormal.f32", "pred f32", lambda a: 0 < abs(float(a)) < 2.0**-126),
         _c("testp.normal.f32", "pred f32", lambda a: 2.0**-126 <= abs(float(a)) < math.inf),
     ]  # fmt: skip
-
-
-def _finite(reference: Callable[..., float]) -> Callable[..., Any]:
-    """None, which is not compared, where overflow in a directed rounding or a zero's sign counts."""
-
-    def run(*arguments: Any) -> Any:
-        if not all(2.0**-60 < abs(float(a)) < 2.0**60 for a in arguments):
-            return None
-        value = reference(*arguments)
-        return None if value == 0 else value
-
-    return run
-
-
-def _near(function: Callable[[float], float]) -> Callable[[Any], Any]:
-    return lambda x: function(float(x)) if abs(float(x)) <= 2 * math.pi else None
-
-
-def _within(reference: Callable[..., float]) -> Callable[..., Any]:
-    """Only where the manual gives an error: 2^-126 <= |divisor| <= 2^126, and no subnormals."""
-
-    def run(a: Any, b: Any) -> Any:
-        value = reference(a, b)
-        ok = 2.0**-126 <= abs(float(b)) <= 2.0**126 and 2.0**-120 < abs(value) < 2.0**120
-        return value if ok else None
-
-    return run
 
 
 def _halfs() -> list[Case]:
@@ -604,39 +308,32 @@ def _halfs() -> list[Case]:
         for name, (count, formula) in operations.items():
             if kind == "bf16" and name != "fma.rn":
                 continue  # PTX has these from sm_90 on
-            exact = _exactly(formula, kind)
+            exact = ref.exactly(formula, kind)
             cases += [
-                _c(f"{name}.{kind}", " ".join([kind] * (count + 1)), _half(exact, kind)),
+                _c(f"{name}.{kind}", " ".join([kind] * (count + 1)), ref.half(exact, kind)),
                 _c(f"{name}.{kind}x2", " ".join([f"{kind}x2"] * (count + 1)),
-                   _halves(exact, kind)),
+                   ref.halves(exact, kind)),
             ]  # fmt: skip
-        for name, function in (("min", _minimum), ("max", _maximum)):
+        for name, function in (("min", ref.minimum), ("max", ref.maximum)):
             nan = lambda a, b, f=function: f(a, b, nan=True)  # noqa: E731
             cases += [
-                _c(f"{name}.{kind}", f"{kind} {kind} {kind}", _half(function, kind)),
-                _c(f"{name}.NaN.{kind}", f"{kind} {kind} {kind}", _half(nan, kind)),
-                _c(f"{name}.{kind}x2", f"{kind}x2 {kind}x2 {kind}x2", _halves(function, kind)),
+                _c(f"{name}.{kind}", f"{kind} {kind} {kind}", ref.half(function, kind)),
+                _c(f"{name}.NaN.{kind}", f"{kind} {kind} {kind}", ref.half(nan, kind)),
+                _c(f"{name}.{kind}x2", f"{kind}x2 {kind}x2 {kind}x2", ref.halves(function, kind)),
             ]
-        flip = 0x80008000
-        cases.append(_c(f"neg.{kind}x2", f"{kind}x2 {kind}x2", lambda a: int(a) ^ flip))
+        cases.append(_c(f"neg.{kind}x2", f"{kind}x2 {kind}x2", lambda a: int(a) ^ 0x80008000))
     relu: Callable[..., Any] = lambda a, b, c: max(a * b + c, 0)  # noqa: E731
     return [
         *cases,
-        _c("fma.rn.relu.f16", "f16 f16 f16 f16", _half(_relu(_exactly(relu, "f16")), "f16")),
-        _c("add.sat.f16", "f16 f16 f16", _half(_sat(_exactly(operations["add"][1], "f16")), "f16")),
-        _c("ex2.approx.f16", "f16 f16", _half(_protected(lambda x: 2.0**x), "f16"),
+        _c("fma.rn.relu.f16", "f16 f16 f16 f16",
+           ref.half(ref.relu(ref.exactly(relu, "f16")), "f16")),
+        _c("add.sat.f16", "f16 f16 f16",
+           ref.half(ref.sat(ref.exactly(operations["add"][1], "f16")), "f16")),
+        _c("ex2.approx.f16", "f16 f16", ref.half(ref.protected(lambda x: 2.0**x), "f16"),
            relative=2.0**-9.9, absolute=2.0**-24),
-        _c("tanh.approx.f16", "f16 f16", _half(math.tanh, "f16"), relative=2.0**-10.987,
+        _c("tanh.approx.f16", "f16 f16", ref.half(math.tanh, "f16"), relative=2.0**-10.987,
            absolute=2.0**-24),
     ]  # fmt: skip
-
-
-def _relu(reference: Callable[..., float]) -> Callable[..., float]:
-    def run(a: float, b: float, c: float) -> float:
-        plain = a * b + c
-        return plain if math.isnan(plain) else reference(a, b, c)
-
-    return run
 
 
 def _conversions() -> list[Case]:
@@ -648,55 +345,43 @@ def _conversions() -> list[Case]:
                 if mode in ("rni", "rzi") or kind == "s32":
                     cases.append(
                         _c(f"cvt.{mode}.{kind}.{source}", f"{kind} {source}",
-                           _to_integer(kind, rounding))
+                           ref.to_integer(kind, rounding))
                     )  # fmt: skip
         for target in ("f32", "f64", "f16"):
             if int(kind[1:]) >= 16:
                 cases.append(
                     _c(f"cvt.rn.{target}.{kind}", f"{target} {kind}",
-                       lambda a, t=target: _to(t)(int(a)))
+                       lambda a, t=target: ref.to(t)(int(a)))
                 )  # fmt: skip
         for target in ("s16", "u16", "s32", "u32", "s64", "u64"):
             if target != kind and int(kind[1:]) >= 16:
                 cases.append(
                     _c(f"cvt.{target}.{kind}", f"{target} {kind}",
-                       lambda a, t=target: _wrap(int(a), t))
+                       lambda a, t=target: ref.wrap(int(a), t))
                 )  # fmt: skip
     for mode in ("rni", "rzi", "rmi", "rpi"):
         cases.append(
-            _c(f"cvt.{mode}.f32.f32", "f32 f32", lambda a, r=roundings[mode]: _whole(a, r))
+            _c(f"cvt.{mode}.f32.f32", "f32 f32", lambda a, r=roundings[mode]: ref.whole(a, r))
         )
     pair = lambda decode: lambda a, b: decode(float(b)) | decode(float(a)) << 16  # noqa: E731
     return [
         *cases,
         _c("cvt.sat.u8.s32", "u8 s32", lambda a: min(max(int(a), 0), 255)),
         _c("cvt.f64.f32", "f64 f32", float),
-        _c("cvt.rn.f32.f64", "f32 f64", lambda a: _to("f32")(float(a))),
-        _c("cvt.rz.f32.f64", "f32 f64", lambda a: _to("f32", "rz")(float(a))),
-        _c("cvt.rm.f32.f64", "f32 f64", lambda a: _to("f32", "rm")(float(a))),
-        _c("cvt.rp.f32.f64", "f32 f64", lambda a: _to("f32", "rp")(float(a))),
-        _c("cvt.rn.f16.f32", "f16 f32", lambda a: _to("f16")(float(a))),
-        _c("cvt.rz.f16.f32", "f16 f32", lambda a: _to("f16", "rz")(float(a))),
+        _c("cvt.rn.f32.f64", "f32 f64", lambda a: ref.to("f32")(float(a))),
+        _c("cvt.rz.f32.f64", "f32 f64", lambda a: ref.to("f32", "rz")(float(a))),
+        _c("cvt.rm.f32.f64", "f32 f64", lambda a: ref.to("f32", "rm")(float(a))),
+        _c("cvt.rp.f32.f64", "f32 f64", lambda a: ref.to("f32", "rp")(float(a))),
+        _c("cvt.rn.f16.f32", "f16 f32", lambda a: ref.to("f16")(float(a))),
+        _c("cvt.rz.f16.f32", "f16 f32", lambda a: ref.to("f16", "rz")(float(a))),
         _c("cvt.f32.f16", "f32 f16", float),
-        _c("cvt.rn.bf16.f32", "bf16 f32", lambda a: _bf16_bits(float(a))),
-        _c("cvt.rn.f16x2.f32", "f16x2 f32 f32", pair(_f16_bits)),
-        _c("cvt.rn.bf16x2.f32", "bf16x2 f32 f32", pair(_bf16_bits)),
-        _c("cvt.sat.f32.f32", "f32 f32", _sat(float)),
-        _c("cvt.ftz.f32.f32", "f32 f32", lambda a: _flush(float(a))),
-        _c("cvt.rna.tf32.f32", "b32 f32", _tf32),
+        _c("cvt.rn.bf16.f32", "bf16 f32", lambda a: ref.bf16_bits(float(a))),
+        _c("cvt.rn.f16x2.f32", "f16x2 f32 f32", pair(ref.f16_bits)),
+        _c("cvt.rn.bf16x2.f32", "bf16x2 f32 f32", pair(ref.bf16_bits)),
+        _c("cvt.sat.f32.f32", "f32 f32", ref.sat(float)),
+        _c("cvt.ftz.f32.f32", "f32 f32", lambda a: ref.flush(float(a))),
+        _c("cvt.rna.tf32.f32", "b32 f32", ref.tf32),
     ]  # fmt: skip
-
-
-def _whole(value: Any, rounding: Callable[[float], int]) -> float:
-    value = float(value)
-    return math.copysign(float(rounding(value)), value) if math.isfinite(value) else value
-
-
-def _tf32(value: Any) -> int | None:
-    bits = struct.unpack("<I", struct.pack("<f", float(value)))[0]
-    if bits & 0x7F800000 == 0x7F800000:
-        return None
-    return (bits + 0x1000) & 0xFFFFE000
 
 
 CASES: list[Case] = [*_integers(), *_floats(), *_halfs(), *_conversions()]

@@ -136,7 +136,7 @@ def round_to_odd_sum(product: Array, addend: Array) -> Array:
 
 
 def exact_fma32(a: Array, b: Array, c: Array) -> Array:
-    """fma.rn.f32. The float64 product is exact; the sum is done again where rounding twice shows."""
+    """fma.rn.f32. The float64 product is exact; the sum is redone where rounding twice shows."""
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     low = np.bitwise_and(total.view(np.int64), 0x1FFFFFFF) if total.ndim else np.zeros(1, np.int64)

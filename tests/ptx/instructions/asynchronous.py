@@ -66,7 +66,9 @@ def _finish(w: "Warps", copy: Copy) -> None:
         w.shared.store(offsets, columns, np.uint8)
 
 
-@instruction(r"(cp)\.async\.(?P<cache>ca|cg)\.shared(::cta|::cluster)?\.global(\.L2::(64B|128B|256B))?")
+@instruction(
+    r"(cp)\.async\.(?P<cache>ca|cg)\.shared(::cta|::cluster)?\.global(\.L2::(64B|128B|256B))?"
+)
 def _cp_async(code: Compiler, ins: Instruction, match: Match) -> Step:
     """`[to], [from], bytes [, bytes to read]`: the rest is filled with zeros."""
     to, source, size, *rest = ins.operands
@@ -94,7 +96,9 @@ def _cp_async(code: Compiler, ins: Instruction, match: Match) -> Step:
             unit = int(size) & -int(size)  # a partial read need not be a power of two
             for start in range(0, int(size), unit):
                 at, here = sources[chosen] + start, lanes[chosen]
-                for region, offsets, which in place(w, "global", at, here, unit, "asynchronous read"):
+                for region, offsets, which in place(
+                    w, "global", at, here, unit, "asynchronous read"
+                ):
                     part = here[which]
                     region.check(offsets, unit, w.stamps[part], part, "read")
                     for j, value in enumerate(region.load(offsets, np.uint8, unit)):
@@ -195,7 +199,9 @@ def _invalidate(code: Compiler, ins: Instruction, match: Match) -> Step:
     return step
 
 
-@instruction(rf"(mbarrier)\.(?P<verb>arrive|arrive_drop)(?P<expect>\.expect_tx)?{_ORDER}{_SHARED}\.b64")
+@instruction(
+    rf"(mbarrier)\.(?P<verb>arrive|arrive_drop)(?P<expect>\.expect_tx)?{_ORDER}{_SHARED}\.b64"
+)
 def _arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
     target, where, *rest = ins.operands
     find = _barriers(code, where, match["space"])
@@ -208,7 +214,11 @@ def _arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
         w.shared.check(keys, 8, w.stamps[lanes], lanes, "relaxed read")
         for lane, key in zip(lanes.tolist(), keys.tolist(), strict=True):
             barrier = _known(w, key, lane)
-            number = int(np.broadcast_to(w.registers[amount], w.count)[lane]) if amount is not None else 1
+            number = (
+                int(np.broadcast_to(w.registers[amount], w.count)[lane])
+                if amount is not None
+                else 1
+            )
             if to is not None:
                 w.registers[to][lane] = barrier.phase
             if match["expect"]:
@@ -225,7 +235,9 @@ def _arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
     return step
 
 
-@instruction(rf"(mbarrier)\.(?P<verb>expect_tx|complete_tx)(\.relaxed)?(\.(cta|cluster))?{_SHARED}\.b64")
+@instruction(
+    rf"(mbarrier)\.(?P<verb>expect_tx|complete_tx)(\.relaxed)?(\.(cta|cluster))?{_SHARED}\.b64"
+)
 def _transactions(code: Compiler, ins: Instruction, match: Match) -> Step:
     find = _barriers(code, ins.operands[0], match["space"])
     amount = code.source(ins.operands[1], np.uint32)
@@ -304,7 +316,7 @@ def _cp_async_arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
 # Bulk copies --------------------------------------------------------------------------------------
 
 
-def _bulk_operands(w: "Warps", lanes: Array, size: Array, *addresses: Array) -> None:
+def _bulk_operands(lanes: Array, size: Array, *addresses: Array) -> None:
     for each in addresses:
         check_aligned(each, 16, lanes, "bulk copy")
     bad = (size % 16 != 0) | (size <= 0)
@@ -324,7 +336,7 @@ def _bulk_load(code: Compiler, ins: Instruction, match: Match) -> Step:
         lanes, keys = barriers(w)
         targets, sources = find_to(w), find_source(w)
         sizes = np.broadcast_to(w.registers[amount], w.count)[lanes].astype(np.int64)
-        _bulk_operands(w, lanes, sizes, targets, sources)
+        _bulk_operands(lanes, sizes, targets, sources)
         for i, lane in enumerate(lanes):
             here = np.full(int(sizes[i]) // 16, lane)
             spread = 16 * np.arange(len(here))
@@ -354,7 +366,7 @@ def _bulk_store(code: Compiler, ins: Instruction, match: Match) -> Step:
     def step(w: "Warps") -> None:
         lanes, targets, sources = w.lanes, find_to(w), find_source(w)
         sizes = np.broadcast_to(w.registers[amount], w.count)[lanes].astype(np.int64)
-        _bulk_operands(w, lanes, sizes, targets, sources)
+        _bulk_operands(lanes, sizes, targets, sources)
         for i, lane in enumerate(lanes):
             here = np.full(int(sizes[i]) // 16, lane)
             spread = 16 * np.arange(len(here))

@@ -59,7 +59,8 @@ def _half_add(kind: str) -> Any:
 
 
 @instruction(rf"(atom|red){_ORDER}{_SPACE}\.(?P<op>add|min|max|and|or|xor|exch|inc|dec|cas)"
-             r"(?P<noftz>\.noftz)?\.(?P<type>[usb](16|32|64)|f16|bf16|f16x2|bf16x2|f32|f64)")  # fmt: skip
+             r"(?P<noftz>\.noftz)?"
+             r"\.(?P<type>[usb](16|32|64)|f16|bf16|f16x2|bf16x2|f32|f64)")  # fmt: skip
 def _atomic(code: Compiler, ins: Instruction, match: Match) -> Step:
     name, kind = match["op"], match["type"]
     narrow_float = kind in ("f16", "bf16", "f16x2", "bf16x2")

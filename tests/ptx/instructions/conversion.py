@@ -37,7 +37,7 @@ def _integers(code: Compiler, ins: Instruction, match: Match) -> Step:
 @instruction(rf"(cvt)(?P<mode>\.r[nzmp]i)(?P<ftz>\.ftz)?(?P<sat>\.sat)?\.(?P<to>{_INTEGER})"
              rf"\.(?P<from>{_FLOAT})")  # fmt: skip
 def _float_to_integer(code: Compiler, ins: Instruction, match: Match) -> Step:
-    """Out of range gives the nearest integer; NaN 0, and the largest of s64 and u64 by f32 or f64."""
+    """Out of range gives the nearest integer; NaN gives 0, and 2^63 (of s64 -2^63) in 64 bits."""
     to, kind = DTYPES[match["to"]], match["from"]
     if match["ftz"] and kind != "f32":
         raise NotModelled(ins.opcode)

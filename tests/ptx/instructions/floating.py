@@ -165,9 +165,7 @@ def extremum(name: str, nan: bool) -> Any:
         zeros = value == 0
         if zeros.any():
             both = zeros & (np.asarray(a) == b)
-            negative = (
-                np.signbit(a) | np.signbit(b) if wanted else np.signbit(a) & np.signbit(b)
-            )
+            negative = np.signbit(a) | np.signbit(b) if wanted else np.signbit(a) & np.signbit(b)
             zero = value.dtype.type(0)
             value = np.where(both, np.where(negative, -zero, zero), value)
         return nan_to_canonical(value) if value.dtype != np.float64 else value
@@ -271,12 +269,12 @@ def _coarse64(code: Compiler, ins: Instruction, match: Match) -> Step:
         bits = np.atleast_1d(exact(np.asarray(x))).view(np.uint64)
         return (bits & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
-    return code.compute(
-        function, ins.operands[0], np.float64, (ins.operands[1], np.float64)
-    )
+    return code.compute(function, ins.operands[0], np.float64, (ins.operands[1], np.float64))
 
 
-@instruction(r"(testp)\.(?P<what>finite|infinite|number|notanumber|normal|subnormal)\.(?P<type>f32|f64)")
+@instruction(
+    r"(testp)\.(?P<what>finite|infinite|number|notanumber|normal|subnormal)\.(?P<type>f32|f64)"
+)
 def _testp(code: Compiler, ins: Instruction, match: Match) -> Step:
     dtype = DTYPES[match["type"]]
     tiny = np.finfo(dtype).tiny
@@ -288,6 +286,4 @@ def _testp(code: Compiler, ins: Instruction, match: Match) -> Step:
         "normal": lambda x: np.isfinite(x) & (np.abs(x) >= tiny),
         "subnormal": lambda x: (np.abs(x) < tiny) & (np.asarray(x) != 0),
     }
-    return code.compute(
-        tests[match["what"]], ins.operands[0], np.bool_, (ins.operands[1], dtype)
-    )
+    return code.compute(tests[match["what"]], ins.operands[0], np.bool_, (ins.operands[1], dtype))

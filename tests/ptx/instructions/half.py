@@ -60,7 +60,9 @@ def _flush16(x: Array) -> Array:
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
     a, b, c = (np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b, c))
-    return round_to_odd_sum(a * b, np.broadcast_to(c, np.broadcast_shapes(a.shape, b.shape, c.shape)))
+    return round_to_odd_sum(
+        a * b, np.broadcast_to(c, np.broadcast_shapes(a.shape, b.shape, c.shape))
+    )
 
 
 @instruction(rf"(add|sub|mul)(\.rn)?(?P<ftz>\.ftz)?(?P<sat>\.sat)?\.{_TYPE}")

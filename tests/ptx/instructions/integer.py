@@ -124,7 +124,10 @@ def _multiply24(code: Compiler, ins: Instruction, match: Match) -> Step:
     target, a, b, *addend = ins.operands
     if addend:
         return code.compute(
-            lambda x, y, z: cut(x) * cut(y) + z, target, dtype, *((o, dtype) for o in (a, b, addend[0]))
+            lambda x, y, z: cut(x) * cut(y) + z,
+            target,
+            dtype,
+            *((o, dtype) for o in (a, b, addend[0])),
         )
     return code.compute(lambda x, y: cut(x) * cut(y), target, dtype, (a, dtype), (b, dtype))
 
@@ -338,9 +341,7 @@ def _find_nth(code: Compiler, ins: Instruction, match: Match) -> Step:
         return result
 
     target, a, b, c = ins.operands
-    return code.compute(
-        function, target, np.uint32, (a, np.uint32), (b, np.uint32), (c, np.int32)
-    )
+    return code.compute(function, target, np.uint32, (a, np.uint32), (b, np.uint32), (c, np.int32))
 
 
 @instruction(r"(lop3)(\.(?P<join>or|and))?\.b32")
@@ -355,9 +356,7 @@ def _logic(code: Compiler, ins: Instruction, match: Match) -> Step:
         result = np.zeros(np.broadcast_shapes(np.shape(x), np.shape(y), np.shape(z)), np.uint32)
         for i in range(8):
             if bits >> i & 1:
-                result |= (
-                    (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
-                )
+                result |= (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
         return result
 
     return code.compute(function, target, np.uint32, *((o, np.uint32) for o in (a, b, c)))
@@ -399,7 +398,13 @@ def _extended(code: Compiler, ins: Instruction, match: Match) -> Step:
     code.function.registers.setdefault(flag, "pred")
     carry = code.source(Name(flag), np.bool_)
     target, a, b, *rest = ins.operands
-    high = _high64(dtype) if dtype in (np.int64, np.uint64) else _high(dtype) if dtype in _WIDER else None
+    high = (
+        _high64(dtype)
+        if dtype in (np.int64, np.uint64)
+        else _high(dtype)
+        if dtype in _WIDER
+        else None
+    )
     slots = [code.source(o, dtype) for o in (a, b, *rest)]
     to = code.target(target, unsigned)
 
@@ -407,7 +412,9 @@ def _extended(code: Compiler, ins: Instruction, match: Match) -> Step:
         r = w.registers
         values = [r[slot] for slot in slots]
         if name == "mad":
-            product = high(values[0], values[1]) if match["half"] == ".hi" else values[0] * values[1]
+            product = (
+                high(values[0], values[1]) if match["half"] == ".hi" else values[0] * values[1]
+            )
             x, y = np.asarray(product).astype(unsigned), np.asarray(values[2]).astype(unsigned)
         else:
             x, y = (np.asarray(v).astype(unsigned) for v in values)
@@ -442,9 +449,7 @@ def _dot_product(code: Compiler, ins: Instruction, match: Match) -> Step:
         return np.asarray(total).astype(np.int32)
 
     target, a, b, c = ins.operands
-    return code.compute(
-        function, target, np.int32, (a, np.uint32), (b, np.uint32), (c, np.int32)
-    )
+    return code.compute(function, target, np.int32, (a, np.uint32), (b, np.uint32), (c, np.int32))
 
 
 def pair(operand: Any) -> tuple[Name, Name | None]:

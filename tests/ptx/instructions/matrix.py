@@ -3,8 +3,8 @@
 
 Fragments are as the figures of the manual have them: lane = 4 group + t holds of A the rows group
 and group + 8, of B the column group, of C and D the columns 2 t and 2 t + 1. Products are exact and
-are summed in float64; PTX leaves the rounding of the float32 result open, and tensor cores are known
-to truncate (Fasi et al. 2021), so it is truncated here.
+are summed in float64; PTX leaves the rounding of the float32 result open, and tensor cores are
+known to truncate (Fasi et al. 2021), so it is truncated here.
 """
 
 import re
@@ -136,7 +136,9 @@ def _mma(code: Compiler, ins: Instruction, match: Match) -> Control:
     per, _ = _ELEMENTS[a_kind]
     d, a, b, c = (_items(operand) for operand in ins.operands)
     pairs = result == "f16"
-    if (len(a), len(b)) != (2 * k // per // 4, k // per // 4) or {len(c), len(d)} != {2 if pairs else 4}:
+    if (len(a), len(b)) != (2 * k // per // 4, k // per // 4) or {len(c), len(d)} != {
+        2 if pairs else 4
+    }:
         raise NotModelled("another number of registers")
     slots = {
         name: [code.source(o, np.uint32) for o in items]
@@ -149,7 +151,9 @@ def _mma(code: Compiler, ins: Instruction, match: Match) -> Control:
         lanes = w.lanes
         return np.stack(
             [
-                np.ascontiguousarray(np.broadcast_to(w.registers[s], w.count)[lanes]).reshape(-1, WARP)
+                np.ascontiguousarray(np.broadcast_to(w.registers[s], w.count)[lanes]).reshape(
+                    -1, WARP
+                )
                 for s in slots[name]
             ],
             1,

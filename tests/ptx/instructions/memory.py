@@ -22,7 +22,10 @@ Array = np.ndarray[Any, Any]
 Match = re.Match[str]
 
 _SCOPE = r"\.(cta|cluster|gpu|sys)"
-_EVICT = r"(\.(ca|cg|cs|lu|cv|wb|wt))?(\.L1::(evict_normal|evict_unchanged|evict_first|evict_last|no_allocate))?"
+_EVICT = (
+    r"(\.(ca|cg|cs|lu|cv|wb|wt))?"
+    r"(\.L1::(evict_normal|evict_unchanged|evict_first|evict_last|no_allocate))?"
+)
 _PREFETCH = r"(\.L2::(64B|128B|256B))?"
 _VALUE = r"(?P<vector>\.v[24])?\.(?P<type>[usb](8|16|32|64)|f16|f32|f64)"
 _SPACE = r"(\.(?P<space>const|global|local|param(::entry|::func)?|shared(::cta)?))?"
@@ -137,9 +140,7 @@ def _ld(code: Compiler, ins: Instruction, match: Match) -> Step:
     return step
 
 
-def _ld_parameter(
-    code: Compiler, source: Address, slots: list[int | None], dtype: Any
-) -> Step:
+def _ld_parameter(code: Compiler, source: Address, slots: list[int | None], dtype: Any) -> Step:
     """From the kernel's parameters: one value for all, or by an offset in a register."""
     size = np.dtype(dtype).itemsize
     if isinstance(source.base, Name) and source.base.name in code.parameters:
@@ -180,7 +181,9 @@ def _ld_parameter(
     return indexed
 
 
-@instruction(rf"(st)(\.weak)?(?P<order>\.volatile|\.(relaxed|release){_SCOPE})?{_SPACE}{_EVICT}{_VALUE}")
+@instruction(
+    rf"(st)(\.weak)?(?P<order>\.volatile|\.(relaxed|release){_SCOPE})?{_SPACE}{_EVICT}{_VALUE}"
+)
 def _st(code: Compiler, ins: Instruction, match: Match) -> Step:
     dtype = DTYPES[match["type"]]
     space = (match["space"] or "").split("::")[0]
@@ -224,5 +227,3 @@ def _prefetch(code: Compiler, ins: Instruction, match: Match) -> Step:
         raise NotModelled(ins.opcode)
     addresses_of(code, ins.operands[0])
     return lambda w: None
-
-

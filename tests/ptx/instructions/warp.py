@@ -67,9 +67,7 @@ def _shuffle(code: Compiler, ins: Instruction, match: Match) -> Control:
             return
         lanes = w.lanes
         lane = w.lane[lanes].astype(np.int64)
-        offset, limit = (
-            np.broadcast_to(r[s], w.count)[lanes].astype(np.int64) for s in slots[1:]
-        )
+        offset, limit = (np.broadcast_to(r[s], w.count)[lanes].astype(np.int64) for s in slots[1:])
         source, valid = _sources(mode, lane, offset, limit)
         where = lanes - lane + source
         missing = ~w.active[where]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds outputs to the references of `table.py`: those of the emulator, and those of a GPU."""
+
+from typing import Any
+
+import numpy as np
+
+from ptx.launch import Bench, Empty
+from ptx.table import LANES, Case, inputs, numpy_type, ptx_of
+
+__all__ = ["check", "emulate"]
+
+Array = np.ndarray[Any, Any]
+
+
+def emulate(case: Case) -> tuple[list[Array], Array]:
+    """The inputs of a case, and what the emulator makes of them."""
+    columns = inputs(case)
+    out = np.zeros(LANES, numpy_type(case.result))
+    Bench(ptx_of(case)).launch("k", [Empty(out), *columns], block=LANES)
+    return columns, out
+
+
+def check(case: Case, columns: list[Array], out: Array) -> None:
+    """Asserts that every lane is what the reference says, where it says anything."""
+    for lane in range(LANES):
+        values = [column[lane] for column in columns]
+        expected = case.reference(*values)
+        if expected is None:
+            continue
+        got = out[lane]
+        about = f"{case.opcode}({', '.join(map(str, values))}) is {got}, expected {expected}"
+        if case.result == "pred":
+            assert bool(got) == bool(expected), about
+        elif not case.result.startswith("f") or case.result.endswith("x2"):
+            assert int(got) == int(expected), about
+        else:
+            _check_float(case, float(got), float(expected), about)
+
+
+def _check_float(case: Case, got: float, expected: float, about: str) -> None:
+    """Equal, also in the sign of zero; or within the documented error."""
+    if (case.relative or case.absolute) and abs(expected) < np.inf:
+        with np.errstate(over="ignore"):
+            if np.isinf(numpy_type(case.result)(expected)):
+                expected = float(np.copysign(np.inf, expected))
+    if np.isnan(expected):
+        assert np.isnan(got), about
+    elif case.relative == case.absolute == 0 or expected == 0 or not np.isfinite(expected):
+        limit = numpy_type(case.result)(expected)
+        assert got == limit, about
+        assert np.signbit(got) == np.signbit(expected) or case.absolute, about
+    else:
+        unit = 2.0**-24 if case.result == "f32" else 2.0**-11  # the result's own rounding
+        tiny = {"f32": 2.0**-149, "f16": 2.0**-24}[case.result]
+        error = (case.relative + unit) * abs(expected) + case.absolute + tiny
+        assert abs(got - expected) <= error, about

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes down what a GPU makes of the kernels of `table.py`: `python -m ptx.record`, in `tests/`.
+
+The PTX goes to the driver as it stands, by way of libcuda; neither nvcc nor torch is needed. The
+file is `recorded/<compute capability>.npz`, and is meant to be committed.
+"""
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptx.table import CASES, LANES, Case, inputs, numpy_type, ptx_of
+
+__all__ = ["FOLDER"]
+
+FOLDER = Path(__file__).parent / "recorded"
+
+
+class Gpu:
+    """The little of the driver's interface that a kernel of one block needs."""
+
+    def __init__(self) -> None:
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self("cuInit", 0)
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self("cuDeviceGet", ctypes.byref(device), 0)
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self("cuCtxSetCurrent", context)
+        numbers = []
+        for attribute in (75, 76):  # the compute capability
+            number = ctypes.c_int()
+            self("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+            numbers.append(number.value)
+        self.capability = "sm_{}{}".format(*numbers)
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        status = getattr(self.cuda, name)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{name} failed with CUresult {status}")
+
+    def run(self, case: Case) -> "np.ndarray[Any, Any]":
+        """The outputs of all lanes."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self("cuModuleLoadData", ctypes.byref(module), ptx_of(case).encode())
+        self("cuModuleGetFunction", ctypes.byref(function), module, b"k")
+        out = np.zeros(LANES, numpy_type(case.result))
+        arrays = [out, *inputs(case)]
+        buffers = [ctypes.c_uint64() for _ in arrays]
+        for buffer, array in zip(buffers, arrays, strict=True):
+            self("cuMemAlloc_v2", ctypes.byref(buffer), ctypes.c_size_t(array.nbytes))
+            self("cuMemcpyHtoD_v2", buffer, ctypes.c_void_p(array.ctypes.data),
+                 ctypes.c_size_t(array.nbytes))  # fmt: skip
+        pointers = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(b) for b in buffers))
+        self("cuLaunchKernel", function, 1, 1, 1, LANES, 1, 1, 0, None, pointers, None)
+        self("cuMemcpyDtoH_v2", ctypes.c_void_p(out.ctypes.data), buffers[0],
+             ctypes.c_size_t(out.nbytes))  # fmt: skip
+        for buffer in buffers:
+            self("cuMemFree_v2", buffer)
+        self("cuModuleUnload", module)
+        return out
+
+
+def main() -> None:
+    gpu = Gpu()
+    FOLDER.mkdir(exist_ok=True)
+    results = {case.name: gpu.run(case) for case in CASES}
+    path = FOLDER / f"{gpu.capability}.npz"
+    np.savez_compressed(path, **results)
+    sys.stdout.write(f"{len(results)} instructions: {path}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator, and the references of `table.py`, against what a GPU made of the same kernels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptx.conformance import check, emulate
+from ptx.record import FOLDER
+from ptx.table import CASES
+
+RECORDED = sorted(FOLDER.glob("*.npz"))
+NONE = pytest.param(
+    None, marks=pytest.mark.skip("no outputs of a GPU are recorded yet: python -m ptx.record")
+)
+
+
+@pytest.mark.parametrize("path", RECORDED or [NONE])
+def test_emulator_agrees_with_a_gpu(path: Path) -> None:
+    with np.load(path) as recorded:
+        for case in CASES:
+            if case.name not in recorded:
+                continue
+            truth = recorded[case.name]
+            columns, out = emulate(case)
+            check(case, columns, truth)
+            if case.relative == case.absolute == 0:
+                same = (out == truth) | ((out != out) & (truth != truth))
+                assert same.all(), [
+                    (case.name, [c[i] for c in columns], out[i], truth[i])
+                    for i in np.flatnonzero(~same)[:5]
+                ]
