@@ -17,6 +17,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+_EMULATION = pytest.StashKey[object]()
 _NO_NVCC = "the CUDA kernels are emulated from what nvcc emits, and there is no nvcc on the PATH"
 
 
@@ -32,11 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("emulated")
     from ptx import build, emulation
 
-    if build.nvcc():
-        config.stash[_EMULATION] = emulation.install(build.build())
-
-
-_EMULATION = pytest.StashKey[object]()
+    if build.nvcc() is None:
+        return  # every test is skipped for that reason
+    if lacking := build.missing():
+        raise pytest.UsageError(lacking)
+    config.stash[_EMULATION] = emulation.install(build.build())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

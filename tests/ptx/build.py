@@ -6,13 +6,15 @@ is `build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
 """
 
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["build", "compile_ptx", "nvcc"]
+__all__ = ["build", "compile_ptx", "missing", "nvcc"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +22,19 @@ ROOT = Path(__file__).parents[2]
 def nvcc() -> str | None:
     """The CUDA compiler, None where there is none."""
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def missing() -> str | None:
+    """What `build` lacks, None if nothing."""
+    if nvcc() is None:
+        return "there is no nvcc on the PATH and no CUDACXX"
+    if _find("ninja") is None or importlib.util.find_spec("pybind11") is None:
+        return "the emulated build needs: pip install cmake ninja pybind11"
+    cmake = _find("cmake")
+    version = re.search(r"(\d+)\.(\d+)", _run(cmake, "--version")) if cmake else None
+    if version is None or (int(version[1]), int(version[2])) < (3, 26):
+        return "the emulated build needs CMake 3.26 or newer: pip install cmake"
+    return None
 
 
 def build(arch: str = "80") -> Path:
@@ -57,11 +72,15 @@ def compile_ptx(source: Path, arch: str = "80") -> str:
 
 def _tool(name: str) -> str:
     """A program of this environment, or of the path."""
-    own = Path(sys.executable).parent / name
-    found = str(own) if own.exists() else shutil.which(name)
+    found = _find(name)
     if found is None:
         raise RuntimeError(f"the emulated build needs {name}: pip install cmake ninja pybind11")
     return found
+
+
+def _find(name: str) -> str | None:
+    own = Path(sys.executable).parent / name
+    return str(own) if own.exists() else shutil.which(name)
 
 
 def _run(*command: str) -> str:

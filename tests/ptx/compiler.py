@@ -98,24 +98,32 @@ class Program:
     local_size: int
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
+    _pool: tuple[int, list[Any]] | None = None
 
     def allocate(self, warps: "Warps") -> list[Any]:
-        """Registers for `warps`, full of ones: nobody may count on zeros."""
+        """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
+        if self._pool is None or self._pool[0] != warps.count:
+            self._pool = warps.count, self._registers(warps.count)
+        result = list(self._pool[1])
+        for slot, (kind, what, dtype) in enumerate(self.slots):
+            if kind == "special":
+                result[slot] = np.asarray(warps.special(what)).astype(dtype)
+            elif kind == "parameter":
+                size = np.dtype(dtype).itemsize
+                result[slot] = np.frombuffer(warps.parameters[what : what + size], dtype)[0]
+        return result
+
+    def _registers(self, count: int) -> list[Any]:
         base = {
-            width: np.full((rows, warps.count * width), 0xFF if width else 0, np.uint8)
+            width: np.full((rows, count * width), 0xFF, np.uint8)
             for width, rows in self.rows.items()
             if width
         }
-        predicates = np.zeros((self.rows.get(0, 0), warps.count), np.bool_)
+        predicates = np.zeros((self.rows.get(0, 0), count), np.bool_)
         result: list[Any] = []
         for kind, what, dtype in self.slots:
-            if kind == "constant":
+            if kind != "register":
                 result.append(what)
-            elif kind == "special":
-                result.append(np.asarray(warps.special(what)).astype(dtype))
-            elif kind == "parameter":
-                size = np.dtype(dtype).itemsize
-                result.append(np.frombuffer(warps.parameters[what : what + size], dtype)[0])
             elif dtype is np.bool_:
                 result.append(predicates[what])
             else:

@@ -70,7 +70,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.skipif(build.nvcc() is None, reason="there is no nvcc on the PATH")
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 def test_emulated_device() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT / "tests", capture_output=True, text=True,

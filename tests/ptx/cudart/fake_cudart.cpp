@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A CUDA runtime without a GPU, in place of libcudart in the emulated build of the package: what
-// nvcc emits for `kernel<<<...>>>(...)` and what csrc/ calls of the runtime. Launches, copies and fills
-// go to the functions that tests/ptx/device.py gives to t2p_emulator_connect. "Device" memory is the
-// host's. A function that is missing here is an error of the linker.
+// nvcc emits for `kernel<<<...>>>(...)` and what csrc/ calls of the runtime. Launches, copies and
+// fills go to the functions that tests/ptx/device.py gives to t2p_emulator_connect. "Device" memory
+// is the host's. A function that is missing here is an error of the linker.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
@@ -28,11 +28,11 @@ struct Handlers {
   int (*launch)(int module, const char* name, const unsigned* grid, const unsigned* block,
                 size_t shared, void** arguments);
   int (*attribute)(int number, int* value);
-  int (*written)(void* to, size_t bytes);                // the host or a copy has written there
-  int (*allocate)(void* at, size_t bytes);               // new memory; bytes = 0: freed
+  int (*written)(void* to, size_t bytes);   // the host or a copy has written there
+  int (*allocate)(void* at, size_t bytes);  // new memory; bytes = 0: freed
   int (*shared_limit)(int module, const char* name, int bytes);
   int (*occupancy)(int module, const char* name, int threads, size_t shared, int* blocks);
-  void* (*variable)(int module, const char* name);       // where a __device__ variable lies
+  void* (*variable)(int module, const char* name);  // where a __device__ variable lies
 };
 
 struct State {
@@ -215,8 +215,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    unsigned) {
   const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
-  return result(state().handlers.occupancy(kernel->module, kernel->name.c_str(), threads, shared,
-                                           blocks));
+  return result(
+      state().handlers.occupancy(kernel->module, kernel->name.c_str(), threads, shared, blocks));
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
                                                           int threads, size_t shared) {

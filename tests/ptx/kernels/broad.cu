@@ -20,10 +20,10 @@ __global__ void gemm_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float*
   const __nv_bfloat16* from_a = a + static_cast<int64_t>(blockIdx.y) * 16 * k;
   const __nv_bfloat16* from_b = b + static_cast<int64_t>(blockIdx.x) * 8 * k;
   const auto load = [&](int stage, int first) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     shared_address(&left[stage][row][half])),
-                 "l"(from_a + row * k + first + half)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&left[stage][row][half])),
+        "l"(from_a + row * k + first + half)
+        : "memory");
     if (row < 8) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                        shared_address(&right[stage][row][half])),
@@ -59,7 +59,8 @@ __global__ void gemm_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float*
     __syncwarp();
   }
   for (int i = 0; i < 4; ++i) {
-    c[(blockIdx.y * 16 + lane / 4 + i / 2 * 8) * n + blockIdx.x * 8 + lane % 4 * 2 + i % 2] = sum[i];
+    c[(blockIdx.y * 16 + lane / 4 + i / 2 * 8) * n + blockIdx.x * 8 + lane % 4 * 2 + i % 2] =
+        sum[i];
   }
 }
 
@@ -133,7 +134,8 @@ __device__ void softmax(const T* x, T* y, int d) {
     return v;
   };
   float largest = -INFINITY;
-  for (int t = threadIdx.x; t < d; t += blockDim.x) largest = fmaxf(largest, static_cast<float>(x[t]));
+  for (int t = threadIdx.x; t < d; t += blockDim.x)
+    largest = fmaxf(largest, static_cast<float>(x[t]));
   largest = reduce(largest, true);
   float sum = 0;
   for (int t = threadIdx.x; t < d; t += blockDim.x) sum += expf(static_cast<float>(x[t]) - largest);
@@ -144,7 +146,9 @@ __device__ void softmax(const T* x, T* y, int d) {
 }
 __global__ void softmax_float(const float* x, float* y, int d) { softmax(x, y, d); }
 __global__ void softmax_half(const __half* x, __half* y, int d) { softmax(x, y, d); }
-__global__ void softmax_bfloat(const __nv_bfloat16* x, __nv_bfloat16* y, int d) { softmax(x, y, d); }
+__global__ void softmax_bfloat(const __nv_bfloat16* x, __nv_bfloat16* y, int d) {
+  softmax(x, y, d);
+}
 
 // Dynamic shared memory and atomics in both memories.
 __global__ void histogram(const int* x, int* counts, int n, int bins) {
@@ -185,14 +189,29 @@ __global__ void control(const float* x, float* y) {
   for (int i = 0; i < 6; ++i) own[i] = x[threadIdx.x] * static_cast<float>(i);
   float value;
   switch (threadIdx.x % 8) {
-    case 0: value = polynomial(x[threadIdx.x], 3); break;
-    case 1: value = own[threadIdx.x % 6] + 1; break;
-    case 2: value = x[threadIdx.x] / 3; break;
-    case 3: value = polynomial(x[threadIdx.x], threadIdx.x % 5); break;
-    case 4: value = -x[threadIdx.x]; break;
-    case 5: value = own[threadIdx.x / 8 % 6]; break;
-    case 6: value = sqrtf(x[threadIdx.x]); break;
-    default: value = 7;
+    case 0:
+      value = polynomial(x[threadIdx.x], 3);
+      break;
+    case 1:
+      value = own[threadIdx.x % 6] + 1;
+      break;
+    case 2:
+      value = x[threadIdx.x] / 3;
+      break;
+    case 3:
+      value = polynomial(x[threadIdx.x], threadIdx.x % 5);
+      break;
+    case 4:
+      value = -x[threadIdx.x];
+      break;
+    case 5:
+      value = own[threadIdx.x / 8 % 6];
+      break;
+    case 6:
+      value = sqrtf(x[threadIdx.x]);
+      break;
+    default:
+      value = 7;
   }
   y[threadIdx.x] = value;
 }

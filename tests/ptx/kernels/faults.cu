@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Faults of every class, each with a twin that is right. A launch is <<<kBlocks, kThreads>>> unless
-// test_faults.py says otherwise; `x` has as many floats as there are threads, and so has `y`. The line
-// that is at fault is marked, so that the test knows where to find it.
+// test_faults.py says otherwise; `x` has as many floats as there are threads, and so has `y`. The
+// line that is at fault is marked, so that the test knows where to find it.
 #include <cstdint>
 
 extern __shared__ float dynamic[];
@@ -73,7 +73,8 @@ __global__ void global_race_between_blocks(const float* x, float* y) {
 __global__ void global_race_of_blocks_with_barrier(const float* x, float* y) {
   if (blockIdx.x == 0) y[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
-  if (blockIdx.x == 1) y[64 + threadIdx.x] = y[threadIdx.x];  // FAULT global_race_of_blocks_with_barrier
+  if (blockIdx.x == 1)
+    y[64 + threadIdx.x] = y[threadIdx.x];  // FAULT global_race_of_blocks_with_barrier
 }
 __global__ void global_atomics(const float* x, float* y) { atomicAdd(y, x[self()]); }
 __global__ void global_race_with_an_atomic(const float* x, float* y) {
@@ -137,7 +138,8 @@ __global__ void local_never_written(const float* x, float* y, int n) {
 
 __global__ void misaligned_vector(const float* x, float* y) {
   if (threadIdx.x < 8) {
-    const float4 v = *reinterpret_cast<const float4*>(x + 1 + 4 * threadIdx.x);  // FAULT misaligned_vector
+    const float4 v =
+        *reinterpret_cast<const float4*>(x + 1 + 4 * threadIdx.x);  // FAULT misaligned_vector
     y[self()] = v.x + v.y + v.z + v.w;
   }
 }
@@ -192,7 +194,8 @@ __global__ void mask_without_oneself(const float* x, float* y) {
 }
 __global__ void shuffle_from_an_absent_lane(const float* x, float* y) {
   float v = x[self()];
-  if (threadIdx.x % 32 < 16) v = __shfl_sync(0x0000ffffu, v, 20);  // FAULT shuffle_from_an_absent_lane
+  if (threadIdx.x % 32 < 16)
+    v = __shfl_sync(0x0000ffffu, v, 20);  // FAULT shuffle_from_an_absent_lane
   y[self()] = v;
 }
 
@@ -264,8 +267,8 @@ __device__ void bulk_copy(const float* x, float* y) {
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 256;" ::"r"(at) : "memory");
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];" ::
-            "r"(shared_address(stage)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 256, "
+        "[%2];" ::"r"(shared_address(stage)),
         "l"(x + blockIdx.x * 64), "r"(at)
         : "memory");
   }
