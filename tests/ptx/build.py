@@ -2,7 +2,8 @@
 """Builds `_C_emulated`: the package's own sources, with PTX inside and no GPU behind.
 
 CMake and Ninja see to it that a second run of the tests compiles only what has changed. The folder
-is `build/emulated` of the repository, or `T2P_EMULATED_BUILD`.
+is `build/emulated` of the repository, or `T2P_EMULATED_BUILD`; the virtual architecture 80, or
+`T2P_EMULATED_ARCH`.
 """
 
 import hashlib
@@ -37,8 +38,9 @@ def missing() -> str | None:
     return None
 
 
-def build(arch: str = "80") -> Path:
-    """Compiles for a virtual architecture if need be and returns the path of the library."""
+def build() -> Path:
+    """Compiles what has changed and returns the path of the library."""
+    arch = os.environ.get("T2P_EMULATED_ARCH", "80")
     folder = Path(os.environ.get("T2P_EMULATED_BUILD", ROOT / "build" / "emulated")) / arch
     folder.mkdir(parents=True, exist_ok=True)
     pybind11 = _run(sys.executable, "-m", "pybind11", "--cmakedir").strip()

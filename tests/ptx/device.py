@@ -6,6 +6,7 @@ kernel may use is said by `regions`; memory that nobody registered is out of bou
 """
 
 import ctypes
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ _PROCESSORS = 4
 _SHARED_DEFAULT, _SHARED_OPTIN = 48 << 10, 163 << 10
 _ATTRIBUTES = {
     1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535,  # blocks and grids
-    8: _SHARED_DEFAULT, 10: 32, 12: 65536, 13: 1410000, 16: _PROCESSORS, 39: 2048, 75: 8, 76: 0,
+    8: _SHARED_DEFAULT, 10: 32, 12: 65536, 13: 1410000, 16: _PROCESSORS, 39: 2048,
     81: 164 << 10, 82: 65536, 97: _SHARED_OPTIN, 106: 32, 111: 1 << 10,
 }  # fmt: skip
 
@@ -218,6 +219,10 @@ class Device:
         return self._module(number)[1][name.decode()]
 
     def _attribute(self, number: int, value: Any) -> int:
+        if number in (75, 76):  # the compute capability that the kernels were compiled for
+            target = re.search(r"\.target\s+sm_(\d+)(\d)", self._texts[0])
+            value[0] = int(target[number - 74]) if target else 0
+            return _SUCCESS
         if number not in _ATTRIBUTES:
             self.failure = NotModelled(f"cudaDeviceGetAttribute({number})")
             return _INVALID_VALUE
