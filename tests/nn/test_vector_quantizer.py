@@ -265,7 +265,8 @@ for step in data:
     mine = step[rank : rank + 1] if world > 1 else step
     for quantizer in (averaged, revived, placed, residual):
         quantizer(mine)
-torch.save([q.state_dict() for q in (averaged, revived, placed, residual)], f"{out}/{world}-{rank}.pt")
+states = [q.state_dict() for q in (averaged, revived, placed, residual)]
+torch.save(states, f"{out}/{world}-{rank}.pt")
 if world > 1:
     dist.destroy_process_group()
 """
