@@ -2,6 +2,7 @@
 // Compiled in place of the CUDA kernels where there is no CUDA compiler: every launcher says so.
 #include <stdexcept>
 
+#include "masked_sampling/masked_sampling.h"
 #include "vq/vq.h"
 
 namespace t2p {
@@ -15,6 +16,12 @@ namespace {
 }
 
 }  // namespace
+
+namespace masked_sampling {
+
+void sample_cuda(const Round&, int, void*) { built_without_cuda("masked_sample"); }
+
+}  // namespace masked_sampling
 
 namespace vq {
 

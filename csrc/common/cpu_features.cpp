@@ -23,7 +23,7 @@ std::uint64_t saved_register_files() {
 }
 
 Isa detect() {
-  constexpr std::uint32_t kFma = 1u << 12, kOsxsave = 1u << 27;                 // leaf 1, ecx
+  constexpr std::uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;  // leaf 1, ecx
   constexpr std::uint32_t kAvx2 = 1u << 5;                                      // leaf 7, ebx
   constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
   constexpr std::uint32_t kVnni = 1u << 11;                                     // leaf 7, ecx
@@ -31,7 +31,7 @@ Isa detect() {
 
   std::uint32_t eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
-  if (!(ecx & kFma) || !(ecx & kOsxsave)) return Isa::kScalar;
+  if (!(ecx & kFma) || !(ecx & kOsxsave) || !(ecx & kF16c)) return Isa::kScalar;
   const std::uint64_t saved = saved_register_files();
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
   if ((saved & kYmmSaved) != kYmmSaved || !(ebx & kAvx2)) return Isa::kScalar;

@@ -17,6 +17,11 @@
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
+// as_bits and from_bits leave the bits alone. even_products multiplies the unsigned lanes 0, 2, ...
+// to 64 bits, which fill two lanes each; high_words moves lanes 1, 3, ... down by one, with zeros
+// in their place; interleave_even takes lane 2 i of `b` into lane 2 i + 1 of `a`. shift_right
+// brings zeros in. load_bf16 and load_f16 read a vector's elements in those formats, and are exact.
+//
 // min and max give `b` where either operand is a NaN.
 //
 // The scalar form is four lanes of compiler vectors, which any processor's baseline (SSE2, NEON)

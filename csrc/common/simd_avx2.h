@@ -190,4 +190,32 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, pairs)};
 }
 
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+T2P_INLINE I32 as_bits(F32 a) { return {_mm256_castps_si256(a.v)}; }
+T2P_INLINE F32 from_bits(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
+  return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_left(I32 a) {
+  return {_mm256_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right(I32 a) {
+  return {_mm256_srli_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 even_products(I32 a, I32 b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+T2P_INLINE I32 high_words(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa)};
+}
+T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+}
+T2P_INLINE F32 load_f16(const std::uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -183,4 +183,32 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 #endif
 
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+T2P_INLINE I32 as_bits(F32 a) { return {_mm512_castps_si512(a.v)}; }
+T2P_INLINE F32 from_bits(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
+  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_left(I32 a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right(I32 a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 even_products(I32 a, I32 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+T2P_INLINE I32 high_words(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, _MM_PERM_CCAA)};
+}
+T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+T2P_INLINE F32 load_f16(const std::uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

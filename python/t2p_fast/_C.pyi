@@ -27,3 +27,23 @@ def vq_accumulate_sorted(
     x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
 ) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
+def masked_sample(
+    logits: Tensor,
+    uncond: Tensor | None,
+    tokens: Tensor,
+    mask_count: Tensor | None,
+    seeds: Tensor,
+    token_noise: Tensor | None,
+    confidence_noise: Tensor | None,
+    mask_token: int,
+    guidance: float,
+    temperature: float,
+    choice_temperature: float,
+    log_min_p: float,
+    top_k: int,
+    step: int,
+    next_tokens: Tensor,
+    sampled: Tensor,
+    log_probability: Tensor,
+    threads: int,
+) -> None: ...

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
+from t2p_fast.reference.masked_sampling import MaskedSample, masked_sample
 from t2p_fast.reference.vq import (
     KMeansResult,
     kmeans,
@@ -10,4 +11,13 @@ from t2p_fast.reference.vq import (
     vq_topk,
 )
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
+__all__ = [
+    "KMeansResult",
+    "MaskedSample",
+    "kmeans",
+    "masked_sample",
+    "vq_lookup",
+    "vq_nearest",
+    "vq_quantize",
+    "vq_topk",
+]

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "masked_sampling/masked_sampling.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "common/buffer.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/philox.h"
+#include "masked_sampling/masked_sampling-inl.h"
+#include "masked_sampling/sample_row.h"
+
+namespace t2p::masked_sampling {
+
+double gumbel(std::uint32_t word) { return -std::log(-std::log1p(-open_uniform(word))); }
+
+double log_of(double a) { return std::log(a); }
+
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// An integer that orders as the float does.
+std::uint32_t ordered(float a) {
+  const auto word = std::bit_cast<std::uint32_t>(a);
+  return word & 0x80000000u ? ~word : word | 0x80000000u;
+}
+
+// Masks the `count` least confident of the positions that were masked; of equals, the first.
+void mask_again(const Round& round, std::int64_t picture) {
+  struct Position {
+    double confidence;
+    std::int64_t i;
+    bool operator<(const Position& other) const {
+      return confidence < other.confidence || (confidence == other.confidence && i < other.i);
+    }
+  };
+  thread_local Buffer<Position> positions;
+  positions.reserve(round.n);
+  const std::int64_t base = picture * round.n;
+  const auto seed = static_cast<std::uint64_t>(round.seeds[picture]);
+  std::int64_t masked = 0;
+  for (std::int64_t i = 0; i < round.n; ++i) {
+    const std::int64_t at = base + i;
+    if (round.tokens[at] != round.mask_token) continue;
+    double confidence = round.log_probability[at];
+    if (round.choice_temperature > 0) {
+      const auto position = static_cast<std::uint32_t>(i);
+      const double noise = round.confidence_noise
+                               ? round.confidence_noise[at]
+                               : gumbel(philox4x32(seed, 0, position, round.step, 1).word[0]);
+      confidence += double{round.choice_temperature} * noise;
+    }
+    if (std::isnan(confidence)) confidence = -std::numeric_limits<double>::infinity();
+    positions[masked++] = {confidence, i};
+  }
+  const std::int64_t count = std::clamp<std::int64_t>(round.mask_count[picture], 0, masked);
+  Position* begin = positions.data();
+  std::nth_element(begin, begin + count, begin + masked);
+  for (std::int64_t i = 0; i < count; ++i) {
+    round.next_tokens[base + positions[i].i] = round.mask_token;
+  }
+}
+
+}  // namespace
+
+float kth_largest(const float* x, std::int64_t count, std::int64_t k) {
+  // The bucket of the upper 11 bits that holds it, then a selection among the few in that bucket.
+  constexpr int kShift = 21;
+  std::int32_t buckets[1 << (32 - kShift)] = {};
+  for (std::int64_t i = 0; i < count; ++i) ++buckets[ordered(x[i]) >> kShift];
+  std::uint32_t bucket = (1u << (32 - kShift)) - 1;
+  for (; buckets[bucket] < k; --bucket) k -= buckets[bucket];
+  thread_local Buffer<float> rest;
+  rest.reserve(buckets[bucket]);
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (ordered(x[i]) >> kShift == bucket) rest[found++] = x[i];
+  }
+  std::nth_element(rest.data(), rest.data() + k - 1, rest.data() + found, std::greater<float>());
+  return rest[k - 1];
+}
+
+void sample_cpu(const Round& round, int threads) {
+  const std::int64_t rows = round.b * round.n;
+  if (rows == 0) return;
+  const SampleRow sample_row = T2P_DISPATCH(kSampleRow);
+  constexpr std::int64_t kWordsPerTask = 32 * 1024;
+  const std::int64_t rows_per_task = std::max<std::int64_t>(1, kWordsPerTask / round.v);
+  parallel_for(threads, ceil_div(rows, rows_per_task), [&](std::int64_t task) {
+    thread_local Buffer<float> scratch;
+    scratch.reserve(ceil_div(round.v, kGroup) * kGroup);
+    const std::int64_t end = std::min(rows, (task + 1) * rows_per_task);
+    for (std::int64_t row = task * rows_per_task; row < end; ++row) {
+      Choice choice{round.tokens[row], 0.0f};
+      if (choice.token == round.mask_token) choice = sample_row(round, row, scratch.data());
+      round.next_tokens[row] = round.sampled[row] = choice.token;
+      round.log_probability[row] = choice.log_probability;
+    }
+  });
+  if (round.mask_count == nullptr) return;
+  parallel_for(threads, round.b, [&](std::int64_t picture) { mask_again(round, picture); });
+}
+
+}  // namespace t2p::masked_sampling
