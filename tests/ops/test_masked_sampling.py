@@ -329,7 +329,7 @@ def test_distribution_is_that_of_amused_scheduler() -> None:
     logits = torch.randn(1, n, v, generator=torch.Generator().manual_seed(0)).expand(b, n, v)
     masked = torch.full((b, n), v)
     scheduler = AmusedScheduler(mask_token_id=v)
-    scheduler.set_timesteps(3, temperature=(1.5, 1.5))
+    scheduler.set_timesteps(4, temperature=(1.5, 1.5))
     theirs = scheduler.step(logits, scheduler.timesteps[1], masked,
                             generator=torch.Generator().manual_seed(1)).prev_sample  # fmt: skip
     ours = masked_sample(logits, masked, mask_count=2, choice_temperature=1.5, seed=0).tokens

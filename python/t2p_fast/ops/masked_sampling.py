@@ -54,12 +54,24 @@ def _sample(
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = torch.empty_like(tokens), torch.empty_like(tokens), _log_probability_like(tokens)
-    log_min_p = math.log(min_p) if min_p > 0 else -math.inf
     _C.masked_sample(
-        _ready(logits), _ready(uncond), tokens.contiguous(), _ready(mask_count), _ready(seeds),
-        _ready(token_noise), _ready(confidence_noise), mask_token, guidance, temperature,
-        choice_temperature, log_min_p, top_k, step, *results, torch.get_num_threads(),
-    )  # fmt: skip
+        logits.contiguous(),
+        _ready(uncond),
+        tokens.contiguous(),
+        _ready(mask_count),
+        seeds.contiguous(),
+        _ready(token_noise),
+        _ready(confidence_noise),
+        mask_token,
+        guidance,
+        temperature,
+        choice_temperature,
+        math.log(min_p) if min_p > 0 else -math.inf,
+        top_k,
+        step,
+        *results,
+        torch.get_num_threads(),
+    )
     return results
 
 
