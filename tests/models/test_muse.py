@@ -2,8 +2,8 @@
 """How Muse is built, trained and decoded, against the papers."""
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +15,11 @@ from t2p_fast.models.muse import (
     Muse,
     MuseConfig,
     concatenate,
-    least_confident,
-    mask_counts,
+    draw_seeds,
     random_mask,
-    sample_tokens,
 )
 from t2p_fast.models.text_encoder import TextEncoding, TextTransformer
+from t2p_fast.ops import MaskedSample, mask_counts, masked_sample
 from tiny_models import CAPTIONS, make_muse, make_text_encoder, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,38 +87,17 @@ def test_mask_counts_fall_by_one_at_least_and_never_below_one() -> None:
     assert [m[2] for m in made] == [0] * 8
 
 
-def test_least_confident() -> None:
-    confidence = torch.tensor([[0.5, -1.0, 3.0, 0.1], [0.0, 1.0, 2.0, 3.0]])
-    unknown = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    marked = least_confident(confidence, unknown, torch.tensor([2, 0]))
-    assert marked.tolist() == [[True, True, False, False], [False] * 4]
-
-
 # Sampling ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("with_generators", [False, True])
-def test_sample_tokens_follows_the_softmax(temperature: float, with_generators: bool) -> None:
+def test_draw_seeds() -> None:
     torch.manual_seed(0)
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5])
-    draws = 20_000
-    many = logits.expand(2, draws // 2, 5)
-    tokens, log_probability = sample_tokens(
-        many, temperature, seeds(1, 2) if with_generators else None
-    )
-    expected = (logits / temperature).softmax(0) * draws
-    chi_square = ((tokens.flatten().bincount(minlength=5) - expected) ** 2 / expected).sum()
-    assert float(chi_square) < 18.47  # 99.9 % of the chi-square distribution of 4 degrees
-    # Confidences are at temperature 1, as in MaskGIT.
-    torch.testing.assert_close(log_probability, logits.log_softmax(0)[tokens])
-
-
-def test_sample_tokens_at_temperature_zero() -> None:
-    logits = torch.randn(2, 7, 5, generator=seeds(0)[0])
-    tokens, log_probability = sample_tokens(logits, 0.0)
-    assert torch.equal(tokens, logits.argmax(-1))
-    torch.testing.assert_close(log_probability, logits.log_softmax(-1).amax(-1))
+    first = draw_seeds(3)
+    assert (first.shape, first.dtype) == ((3,), torch.int64)
+    assert not torch.equal(draw_seeds(3), first)
+    torch.manual_seed(0)
+    assert torch.equal(draw_seeds(3), first)
+    assert torch.equal(draw_seeds(2, seeds(5, 6)).flip(0), draw_seeds(2, seeds(6, 5)))
 
 
 def test_random_mask_follows_the_arcsine_density() -> None:
@@ -325,54 +303,22 @@ def test_guidance_away_from_the_prompt_itself_is_no_guidance(
     assert not torch.equal(plain, other)
 
 
-def test_guidance_rises_linearly(
+def test_guidance_rises_and_choice_temperature_falls_linearly(
     muse: Muse, text: TextEncoding, negative: TextEncoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halves: list[tuple[Tensor, Tensor]] = []
-    scales: list[float] = []
-    forward: Callable[..., Tensor] = muse.forward
+    rounds: list[dict[str, Any]] = []
 
-    def spy(*arguments: object) -> Tensor:
-        logits = forward(*arguments)
-        halves.append(tuple(logits.chunk(2)))
-        return logits
+    def spy(logits: Tensor, tokens: Tensor, **options: Any) -> MaskedSample:
+        rounds.append(options)
+        return masked_sample(logits, tokens, **options)
 
-    def sample(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        conditional, unconditional = halves[-1]
-        difference = conditional - unconditional
-        # Least squares: logits = c + scale (c - u).
-        scales.append(
-            float(((logits - conditional) * difference).sum() / difference.square().sum())
-        )
-        return sample_tokens(logits, *rest)
-
-    monkeypatch.setattr(muse, "forward", spy)
-    monkeypatch.setattr(muse_module, "sample_tokens", sample)
-    muse.generate(text, negative, steps=4, guidance=6.0, min_p=0.0)
-    assert scales == pytest.approx([1.5, 3.0, 4.5, 6.0], rel=1e-4)
-
-
-def test_choice_temperature_falls_linearly(
-    muse: Muse, text: TextEncoding, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With noise of 1 everywhere, what is added to the log-probabilities is the temperature."""
-    sampled: list[Tensor] = []
-    added: list[float] = []
-
-    def sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        tokens, log_probability = sample_tokens(logits, 0.0)
-        sampled.append(log_probability)
-        return tokens, log_probability
-
-    def choose(confidence: Tensor, *rest: Tensor) -> Tensor:
-        added.append(float((confidence - sampled[-1]).mean()))
-        return least_confident(confidence, *rest)
-
-    monkeypatch.setattr(muse_module, "sample_tokens", sample)
-    monkeypatch.setattr(muse_module, "gumbel", lambda like, _: torch.ones_like(like))
-    monkeypatch.setattr(muse_module, "least_confident", choose)
-    muse.generate(text, guidance=0.0, steps=4, choice_temperature=4.0)
-    assert added == pytest.approx([3.0, 2.0, 1.0], rel=1e-3)
+    monkeypatch.setattr(muse_module, "masked_sample", spy)
+    muse.generate(text, negative, steps=4, guidance=6.0, choice_temperature=4.0, min_p=0.25)
+    assert [r["guidance"] for r in rounds] == [1.5, 3.0, 4.5, 6.0]
+    assert [r["choice_temperature"] for r in rounds] == [3.0, 2.0, 1.0, 0.0]
+    assert [r["step"] for r in rounds] == [0, 1, 2, 3]
+    assert [r["min_p"] for r in rounds] == [0.25] * 4
+    assert rounds[3]["mask_count"] is None
 
 
 def test_learns_pairs_of_captions_and_tokens() -> None:

@@ -16,6 +16,7 @@
 #include "common/buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "masked_sampling/masked_sampling.h"
 #include "vq/vq.h"
 
 namespace {
@@ -105,6 +106,42 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
   }
 }
 
+void masked_sampling(std::int64_t n, std::int64_t v, bool guided, std::int64_t top_k) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> logits(2 * n * v), log_probability(2 * n), first;
+  for (float& value : logits) value = normal(random);
+  std::vector<std::int64_t> tokens(2 * n, v), next(2 * n), sampled(2 * n);
+  tokens[0] = 0;
+  const std::int64_t count[2] = {n / 2, n}, seeds[2] = {5, -7};
+  for (int threads : {1, 2, 5}) {
+    t2p::masked_sampling::sample_cpu({.logits = logits.data(),
+                                      .uncond = guided ? logits.data() : nullptr,
+                                      .format = t2p::masked_sampling::Format::kF32,
+                                      .tokens = tokens.data(),
+                                      .mask_count = count,
+                                      .seeds = seeds,
+                                      .token_noise = nullptr,
+                                      .confidence_noise = nullptr,
+                                      .b = 2,
+                                      .n = n,
+                                      .v = v,
+                                      .mask_token = v,
+                                      .guidance = 1.5f,
+                                      .temperature = 1,
+                                      .choice_temperature = 1,
+                                      .log_min_p = -3,
+                                      .top_k = top_k,
+                                      .step = 3,
+                                      .next_tokens = next.data(),
+                                      .sampled = sampled.data(),
+                                      .log_probability = log_probability.data()},
+                                     threads);
+    if (threads == 1) first = log_probability;
+    require(first == log_probability, "the same probabilities for any number of threads");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -122,6 +159,11 @@ int main() {
       vq(300, 2000, 9, image, scale, t2p::vq::Metric::kCosine);
       vq(300, 2000, 33, image, scale, t2p::vq::Metric::kDot);
     }
+  }
+  for (bool guided : {false, true}) {
+    masked_sampling(1, 1, guided, 0);
+    masked_sampling(17, 65, guided, 7);
+    masked_sampling(70, 1030, guided, 0);
   }
   std::printf("ok on %s\n", t2p::isa_name(t2p::chosen_isa()));
 }

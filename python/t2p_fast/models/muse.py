@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from t2p_fast.checkpoints import PretrainedModel, check_numbers
 from t2p_fast.models.text_encoder import TextEncoding
+from t2p_fast.ops import mask_counts, masked_sample
 
 
 @dataclass(frozen=True)
@@ -330,28 +331,28 @@ class Muse(PretrainedModel):
         tables = self.tables()
         tokens = known.clone()
         masked_at_start = (known == mask_token).sum(1)
+        seeds = draw_seeds(b, generators).to(tokens.device)
         for step in range(steps):
-            unknown = tokens == mask_token
+            unconditional = None
             if guidance != 0:
-                scale = guidance * (step + 1) / steps
-                conditional, unconditional = (
-                    self(tokens.repeat(2, 1), both, tables).float().chunk(2)
-                )
-                logits = conditional + scale * (conditional - unconditional)
+                conditional, unconditional = self(tokens.repeat(2, 1), both, tables).chunk(2)
             else:
-                logits = conditional = self(tokens, both, tables).float()
-            if min_p > 0:
-                least = conditional.amax(-1, keepdim=True) + math.log(min_p)
-                logits = logits.masked_fill(conditional < least, -torch.inf)
-            sampled, log_probability = sample_tokens(logits, temperature, generators)
-            tokens = torch.where(unknown, sampled, tokens)
-            if step + 1 < steps:
-                count = mask_counts(step, steps, masked_at_start, unknown.sum(1))
-                confidence = log_probability + choice_temperature * (
-                    1 - (step + 1) / steps
-                ) * gumbel(log_probability, generators)
-                remask = least_confident(confidence, unknown, count)
-                tokens = tokens.masked_fill(remask, mask_token)
+                conditional = self(tokens, both, tables)
+            last = step + 1 == steps
+            unknown = (tokens == mask_token).sum(1)
+            tokens = masked_sample(
+                conditional,
+                tokens,
+                mask_token=mask_token,
+                mask_count=None if last else mask_counts(step, steps, masked_at_start, unknown),
+                uncond_logits=unconditional,
+                guidance=guidance * (step + 1) / steps,
+                temperature=temperature,
+                choice_temperature=choice_temperature * (1 - (step + 1) / steps),
+                min_p=min_p,
+                seed=seeds,
+                step=step,
+            ).tokens
             if on_step is not None:
                 on_step(step, tokens)
         return tokens
@@ -367,53 +368,12 @@ def concatenate(a: TextEncoding, b: TextEncoding) -> TextEncoding:
     )
 
 
-def mask_counts(step: int, steps: int, masked_at_start: Tensor, unknown: Tensor) -> Tensor:
-    """How many tokens stay masked after round ``step`` of ``steps``, per picture ``[b]``.
-
-    The cosine schedule of MaskGIT, with its floor and clamps:
-    ``max(1, min(unknown - 1, floor(N cos(pi / 2 (step + 1) / steps))))``; a picture with nothing
-    left to fill in keeps 0.
-    """
-    share = min(max(math.cos(math.pi / 2 * (step + 1) / steps), 1e-6), 1.0)
-    count = (masked_at_start.double() * share).floor().long()
-    return torch.minimum(count, unknown - 1).clamp_min(1).minimum(unknown)
-
-
-def sample_tokens(
-    logits: Tensor, temperature: float, generators: list[torch.Generator] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draws a token per position from ``softmax(logits / temperature)`` by Gumbel-max.
-
-    Args:
-        logits: ``[b, n, V]``.
-
-    Returns:
-        The tokens ``[b, n]`` and their log-probabilities at temperature 1, ``[b, n]``.
-    """
-    noisy = logits + temperature * gumbel(logits, generators) if temperature > 0 else logits
-    tokens = noisy.argmax(-1)
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return tokens, chosen - logits.logsumexp(-1)
-
-
-def gumbel(like: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-    """Standard Gumbel noise in the shape of ``like``; row ``i`` from ``generators[i]``."""
+def draw_seeds(b: int, generators: list[torch.Generator] | None = None) -> Tensor:
+    """A seed per picture, ``[b]`` int64; that of picture ``i`` from ``generators[i]``."""
     if generators is None:
-        uniform = torch.rand_like(like)
-    else:
-        # Drawn on the generator's device, so that a seed means the same picture on any device.
-        uniform = torch.stack(
-            [torch.rand(like.shape[1:], generator=g, device=g.device) for g in generators]
-        ).to(like.device)
-    tiny = torch.finfo(torch.float32).tiny
-    exponential = -torch.log(uniform.clamp_min(tiny))
-    return -torch.log(exponential.clamp_min(tiny))
-
-
-def least_confident(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
-    """Marks the ``count[b]`` least confident unknown positions, ``[b, n]`` bool."""
-    order = confidence.masked_fill(~unknown, torch.inf).argsort(1).argsort(1)
-    return (order < count[:, None]) & unknown
+        return torch.randint(2**63 - 1, (b,))
+    drawn = [torch.randint(2**63 - 1, (), generator=g, device=g.device) for g in generators]
+    return torch.stack([seed.cpu() for seed in drawn])
 
 
 def random_mask(tokens: Tensor, mask_token: int) -> tuple[Tensor, Tensor]:
