@@ -14,6 +14,9 @@ namespace t2p {
 namespace masked_sampling {
 void bind(py::module_& m);
 }
+namespace mrf {
+void bind(py::module_& m);
+}
 namespace vq {
 void bind(py::module_& m);
 }
@@ -59,5 +62,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &t2p::build_info);
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
   t2p::masked_sampling::bind(m);
+  t2p::mrf::bind(m);
   t2p::vq::bind(m);
 }

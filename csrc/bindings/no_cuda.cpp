@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "masked_sampling/masked_sampling.h"
+#include "mrf/mrf.h"
 #include "vq/vq.h"
 
 namespace t2p {
@@ -22,6 +23,18 @@ namespace masked_sampling {
 void sample_cuda(const Round&, int, void*) { built_without_cuda("masked_sample"); }
 
 }  // namespace masked_sampling
+
+namespace mrf {
+
+void update_cuda(Values, const float*, Values, std::int64_t, std::int64_t, float, float, float, int,
+                 void*, MutableValues) {
+  built_without_cuda("mrf_mean_field");
+}
+void message_cuda(const Edges&, const Positions&, Values, std::int64_t, int, void*, MutableValues) {
+  built_without_cuda("mrf_mean_field");
+}
+
+}  // namespace mrf
 
 namespace vq {
 

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings/tensor_view.h"
+#include "mrf/mrf.h"
+
+namespace py = pybind11;
+
+namespace t2p::mrf {
+namespace {
+
+using Optional = std::optional<TensorView>;
+
+void check_array(const char* op, const char* name, const TensorView& tensor, std::int64_t count) {
+  check_contiguous(op, name, tensor);
+  T2P_CHECK(tensor.count() == count, op, ": ", name, " must have ", count,
+            " elements, got a shape of ", tensor.shape_text());
+}
+
+float* floats(const char* op, const char* name, const TensorView& tensor, std::int64_t count) {
+  check_float32(op, name, tensor);
+  check_array(op, name, tensor, count);
+  return tensor.data<float>();
+}
+
+std::int64_t* integers(const char* op, const char* name, const TensorView& tensor,
+                       std::int64_t count) {
+  check_int64(op, name, tensor);
+  check_array(op, name, tensor, count);
+  return tensor.data<std::int64_t>();
+}
+
+MutableValues values(const char* op, const char* name, const TensorView& tensor,
+                     std::int64_t count) {
+  T2P_CHECK_TYPE(tensor.is_float32() || tensor.is_bfloat16(), op, ": ", name,
+                 " must be float32 or bfloat16, got ", tensor.dtype_text());
+  check_array(op, name, tensor, count);
+  return {tensor.data<void>(), tensor.is_float32() ? Format::kF32 : Format::kBf16};
+}
+
+Values values_or_null(const char* op, const char* name, const Optional& tensor,
+                      std::int64_t count) {
+  if (!tensor) return {nullptr, Format::kF32};
+  const MutableValues found = values(op, name, *tensor, count);
+  return {found.data, found.format};
+}
+
+// `node` comes from Python, which made it: every entry is in [0, n).
+Edges edges_of(const char* op, const TensorView& begin, const TensorView& node,
+               const TensorView& weight) {
+  const std::int64_t e = node.count();
+  return {integers(op, "begin", begin, begin.count()), integers(op, "node", node, e),
+          floats(op, "weight", weight, e)};
+}
+
+std::int64_t update(const Optional& message, const TensorView& unary, const Optional& previous,
+                    double scale, double damping, double temperature, const TensorView& next,
+                    int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  T2P_CHECK(unary.ndim() == 2 && unary.size(1) > 0, kOp, ": unary must be [r, v >= 1], got ",
+            unary.shape_text());
+  const std::int64_t r = unary.size(0), v = unary.size(1);
+  const Values from = values_or_null(kOp, "message", message, r * v);
+  const Values before = values_or_null(kOp, "previous", previous, r * v);
+  const float* scores = floats(kOp, "unary", unary, r * v);
+  const MutableValues to = values(kOp, "next", next, r * v);
+  const auto s = static_cast<float>(scale), d = static_cast<float>(damping),
+             t = static_cast<float>(temperature);
+  if (unary.on_cuda()) {
+    update_cuda(from, scores, before, r, v, s, d, t, unary.device().id, current_stream(unary), to);
+    return -1;
+  }
+  py::gil_scoped_release nogil;
+  return update_cpu(from, scores, before, r, v, s, d, t, threads, to);
+}
+
+void message(const TensorView& begin, const TensorView& node, const TensorView& weight,
+             const TensorView& slot, const TensorView& row, const TensorView& q,
+             const TensorView& to, int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  const std::int64_t r = row.count(), v = q.size(1);
+  const Edges edges = edges_of(kOp, begin, node, weight);
+  const Positions positions{integers(kOp, "slot", slot, slot.count()), integers(kOp, "row", row, r),
+                            begin.count() - 1, r};
+  const Values from = values_or_null(kOp, "q", q, r * v);
+  const MutableValues out = values(kOp, "message", to, r * v);
+  if (q.on_cuda()) {
+    message_cuda(edges, positions, from, v, q.device().id, current_stream(q), out);
+    return;
+  }
+  py::gil_scoped_release nogil;
+  message_cpu(edges, positions, from, v, threads, out);
+}
+
+void local_step(const TensorView& begin, const TensorView& node, const TensorView& weight,
+                const TensorView& slot, const TensorView& row, const TensorView& q,
+                const TensorView& unary, double scale, double damping, double temperature,
+                const TensorView& next, int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  const std::int64_t r = row.count(), v = q.size(1);
+  const Edges edges = edges_of(kOp, begin, node, weight);
+  const Positions positions{integers(kOp, "slot", slot, slot.count()), integers(kOp, "row", row, r),
+                            begin.count() - 1, r};
+  const Values from = values_or_null(kOp, "q", q, r * v);
+  const float* scores = floats(kOp, "unary", unary, r * v);
+  const MutableValues to = values(kOp, "next", next, r * v);
+  py::gil_scoped_release nogil;
+  local_step_cpu(edges, positions, from, scores, v, static_cast<float>(scale),
+                 static_cast<float>(damping), static_cast<float>(temperature), threads, to);
+}
+
+BeliefStep belief_of(const TensorView& unary, const TensorView& w_c, const TensorView& reverse,
+                     const TensorView& order, const Optional& factors, const Optional& factor_of,
+                     double damping, double temperature) {
+  constexpr const char* kOp = "mrf_bp";
+  T2P_CHECK(unary.ndim() == 3, kOp, ": unary must be [b, n, v], got ", unary.shape_text());
+  const std::int64_t b = unary.size(0), n = unary.size(1), v = unary.size(2);
+  return {
+      .unary = floats(kOp, "unary", unary, b * n * v),
+      .w_c = floats(kOp, "w_c", w_c, v * v),
+      .reverse = integers(kOp, "reverse", reverse, reverse.count()),
+      .order = integers(kOp, "order", order, order.count()),
+      .factors = factors ? floats(kOp, "factors", *factors, factors->count()) : nullptr,
+      .factor_of = factor_of ? integers(kOp, "factor_of", *factor_of, reverse.count()) : nullptr,
+      .b = b,
+      .n = n,
+      .v = v,
+      .e = reverse.count(),
+      .count = order.count(),
+      .damping = static_cast<float>(damping),
+      .temperature = static_cast<float>(temperature)};
+}
+
+void belief_step(const TensorView& begin, const TensorView& node, const TensorView& weight,
+                 const TensorView& reverse, const TensorView& order, const TensorView& unary,
+                 const TensorView& w_c, const Optional& factors, const Optional& factor_of,
+                 double damping, double temperature, const TensorView& from, const TensorView& to,
+                 int threads) {
+  constexpr const char* kOp = "mrf_bp";
+  const Edges edges = edges_of(kOp, begin, node, weight);
+  const BeliefStep step =
+      belief_of(unary, w_c, reverse, order, factors, factor_of, damping, temperature);
+  const std::int64_t count = step.b * step.e * step.v;
+  const float* before = floats(kOp, "from", from, count);
+  float* after = floats(kOp, "to", to, count);
+  py::gil_scoped_release nogil;
+  belief_step_cpu(edges, step, before, threads, after);
+}
+
+void beliefs(const TensorView& begin, const TensorView& node, const TensorView& weight,
+             const TensorView& reverse, const TensorView& unary, const TensorView& w_c,
+             const TensorView& messages, const TensorView& to, int threads) {
+  constexpr const char* kOp = "mrf_bp";
+  const Edges edges = edges_of(kOp, begin, node, weight);
+  const BeliefStep step = belief_of(unary, w_c, reverse, reverse, {}, {}, 0, 0);
+  const float* from = floats(kOp, "messages", messages, step.b * step.e * step.v);
+  float* out = floats(kOp, "beliefs", to, unary.count());
+  py::gil_scoped_release nogil;
+  beliefs_cpu(edges, step, from, threads, out);
+}
+
+std::int64_t icm(const TensorView& begin, const TensorView& node, const TensorView& weight,
+                 const TensorView& unary, const TensorView& w_c, const TensorView& known,
+                 std::int64_t sweeps, const TensorView& labels, int threads) {
+  constexpr const char* kOp = "mrf_icm";
+  T2P_CHECK(unary.ndim() == 3, kOp, ": unary must be [b, n, v], got ", unary.shape_text());
+  const std::int64_t b = unary.size(0), n = unary.size(1), v = unary.size(2);
+  const Edges edges = edges_of(kOp, begin, node, weight);
+  const float* scores = floats(kOp, "unary", unary, b * n * v);
+  const float* pairs = floats(kOp, "w_c", w_c, v * v);
+  const std::int64_t* fixed = integers(kOp, "known", known, b * n);
+  std::int64_t* x = integers(kOp, "labels", labels, b * n);
+  py::gil_scoped_release nogil;
+  return icm_cpu(edges, scores, pairs, fixed, b, n, v, sweeps, threads, x);
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def("mrf_update", &update, py::arg("message").none(true), py::arg("unary"),
+        py::arg("previous").none(true), py::arg("scale"), py::arg("damping"),
+        py::arg("temperature"), py::arg("next"), py::arg("threads"));
+  m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
+        py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
+  m.def("mrf_local_step", &local_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
+        py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("unary"), py::arg("scale"),
+        py::arg("damping"), py::arg("temperature"), py::arg("next"), py::arg("threads"));
+  m.def("mrf_belief_step", &belief_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
+        py::arg("reverse"), py::arg("order"), py::arg("unary"), py::arg("w_c"),
+        py::arg("factors").none(true), py::arg("factor_of").none(true), py::arg("damping"),
+        py::arg("temperature"), py::arg("from_messages"), py::arg("to_messages"),
+        py::arg("threads"));
+  m.def("mrf_beliefs", &beliefs, py::arg("begin"), py::arg("node"), py::arg("weight"),
+        py::arg("reverse"), py::arg("unary"), py::arg("w_c"), py::arg("messages"),
+        py::arg("beliefs"), py::arg("threads"));
+  m.def("mrf_icm", &icm, py::arg("begin"), py::arg("node"), py::arg("weight"), py::arg("unary"),
+        py::arg("w_c"), py::arg("known"), py::arg("sweeps"), py::arg("labels"), py::arg("threads"));
+}
+
+}  // namespace t2p::mrf

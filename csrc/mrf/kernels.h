@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between mrf.cpp and the kernels for one instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "mrf/mrf.h"
+
+namespace t2p::mrf {
+
+// The values from number `at` on; null stays null.
+inline Values from(Values values, std::int64_t at) {
+  const std::int64_t bytes = at * (values.format == Format::kF32 ? 4 : 2);
+  return {values.data ? static_cast<const char*>(values.data) + bytes : nullptr, values.format};
+}
+inline MutableValues from(MutableValues values, std::int64_t at) {
+  const std::int64_t bytes = at * (values.format == Format::kF32 ? 4 : 2);
+  return {static_cast<char*>(values.data) + bytes, values.format};
+}
+
+struct Kernels {
+  // One row of update_cpu, all arguments [v]; false if its maximum is not finite. `scratch` has v
+  // floats and a vector more.
+  bool (*update_row)(Values message, const float* unary, Values previous, std::int64_t v,
+                     float scale, float damping, float temperature, float* scratch,
+                     MutableValues next);
+
+  // message_cpu for one row, into v floats.
+  void (*gather)(const Edges& edges, const Positions& positions, Values q, std::int64_t row,
+                 std::int64_t v, float* message);
+
+  // v floats, rounded to the format.
+  void (*put_row)(const float* from, std::int64_t v, MutableValues to);
+
+  // belief_step_cpu for all edges of position i of one picture. `scratch` has 4 v floats and a
+  // vector more each.
+  void (*send)(const Edges& edges, const BeliefStep& step, const float* unary, std::int64_t i,
+               const float* from, float* scratch, float* to);
+
+  // to += weight * from, for v floats.
+  void (*accumulate)(const float* from, float weight, std::int64_t v, float* to);
+};
+
+// log(a) of mrf.cpp.
+float log_of(float a);
+
+namespace scalar {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
+
+}  // namespace t2p::mrf

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row of Algorithm 1, for one instruction set. Included once per ISA.
+#include <cstdint>
+
+#include "common/exp-inl.h"
+#include "common/simd.h"
+#include "mrf/kernels.h"
+#include "mrf/mrf_belief-inl.h"
+
+namespace t2p::mrf::T2P_ISA_NAMESPACE {
+namespace {
+
+T2P_INLINE F32 load_values(Values values, std::int64_t at) {
+  if (values.format == Format::kF32) return load(static_cast<const float*>(values.data) + at);
+  return load_bf16(static_cast<const std::uint16_t*>(values.data) + at);
+}
+
+T2P_INLINE float value_at(Values values, std::int64_t at) {
+  if (values.format == Format::kF32) return static_cast<const float*>(values.data)[at];
+  const std::uint32_t word = std::uint32_t{static_cast<const std::uint16_t*>(values.data)[at]}
+                             << 16;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// Rounded to the nearest, of two to the even one; a NaN stays one.
+T2P_INLINE std::uint16_t to_bf16(float value) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof(word));
+  if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(word >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+}
+
+void put_row(const float* from, std::int64_t v, MutableValues to) {
+  if (to.format == Format::kF32) {
+    float* out = static_cast<float*>(to.data);
+    for (std::int64_t a = 0; a < v; ++a) out[a] = from[a];
+  } else {
+    std::uint16_t* out = static_cast<std::uint16_t*>(to.data);
+    for (std::int64_t a = 0; a < v; ++a) out[a] = to_bf16(from[a]);
+  }
+}
+
+// Four vectors at a time, so that a row of q is read once for each and sums stay in registers.
+constexpr int kStrip = 4 * kLanes;
+
+void gather(const Edges& edges, const Positions& positions, Values q, std::int64_t row,
+            std::int64_t v, float* message) {
+  const std::int64_t position = positions.row[row];
+  const std::int64_t i = position % positions.n, base = position - i;
+  const std::int64_t first = edges.begin[i], last = edges.begin[i + 1];
+  std::int64_t a = 0;
+  for (; a + kStrip <= v; a += kStrip) {
+    F32 sum[4];
+#pragma GCC unroll 4
+    for (F32& part : sum) part = broadcast(0.0f);
+    for (std::int64_t e = first; e < last; ++e) {
+      const std::int64_t slot = positions.slot[base + edges.node[e]];
+      if (slot < 0) continue;
+      const F32 weight = broadcast(edges.weight[e]);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        sum[p] = multiply_add(weight, load_values(q, slot * v + a + p * kLanes), sum[p]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) store(message + a + p * kLanes, sum[p]);
+  }
+  for (; a < v; ++a) {
+    float sum = 0;
+    for (std::int64_t e = first; e < last; ++e) {
+      const std::int64_t slot = positions.slot[base + edges.node[e]];
+      if (slot >= 0) sum += edges.weight[e] * value_at(q, slot * v + a);
+    }
+    message[a] = sum;
+  }
+  for (std::int64_t e = first; e < last; ++e) {
+    const std::int64_t slot = positions.slot[base + edges.node[e]];
+    if (slot < 0) message[-1 - slot] += edges.weight[e];
+  }
+}
+
+bool update_row(Values message, const float* unary, Values previous, std::int64_t v, float scale,
+                float damping, float temperature, float* scratch, MutableValues next) {
+  const std::int64_t whole = v / kLanes * kLanes;
+  const float inverse = 1.0f / temperature;
+  F32 most = broadcast(-kInfinity);
+  float most_left = -kInfinity;
+  bool finite = true;
+  constexpr std::uint32_t kAll = (1u << kLanes) - 1;
+  std::uint32_t below = kAll;
+  const F32 scales = broadcast(scale), inverses = broadcast(inverse), high = broadcast(kInfinity);
+  for (std::int64_t a = 0; a < whole; a += kLanes) {
+    F32 x = load(unary + a);
+    if (message.data) x = multiply_add(scales, load_values(message, a), x);
+    x = mul(x, inverses);
+    below &= bits(less(x, high));
+    most = max(x, most);
+    store(scratch + a, x);
+  }
+  for (std::int64_t a = whole; a < v; ++a) {
+    float x = unary[a];
+    if (message.data) x += scale * value_at(message, a);
+    x *= inverse;
+    finite = finite && x < kInfinity;
+    most_left = x > most_left ? x : most_left;
+    scratch[a] = x;
+  }
+  float largest = reduce_max(most);
+  largest = largest > most_left ? largest : most_left;
+  finite = finite && below == kAll && largest > -kInfinity;
+
+  for (std::int64_t a = v; a % kLanes != 0; ++a) scratch[a] = -kInfinity;
+  const F32 offset = broadcast(largest);
+  double total = 0;
+  constexpr std::int64_t kBlock = 64 * kLanes;  // so that long rows lose no precision
+  for (std::int64_t begin = 0; begin < v; begin += kBlock) {
+    F32 sum = broadcast(0.0f);
+    for (std::int64_t a = begin; a < v && a < begin + kBlock; a += kLanes) {
+      const F32 e = exp_nonpositive(sub(load(scratch + a), offset));
+      store(scratch + a, e);
+      sum = add(sum, e);
+    }
+    total += double{reduce_add(sum)};
+  }
+  const float share =
+      finite ? static_cast<float>((1.0 - double{damping}) / total) : __builtin_nanf("");
+  const F32 shares = broadcast(share), kept = broadcast(damping);
+  for (std::int64_t a = 0; a < whole; a += kLanes) {
+    F32 value = mul(load(scratch + a), shares);
+    if (previous.data) value = multiply_add(kept, load_values(previous, a), value);
+    if (next.format == Format::kF32) {
+      store(static_cast<float*>(next.data) + a, value);
+    } else {
+      // Rounded to the nearest, of two to the even one; these are no larger than 1.
+      const I32 word = as_bits(value);
+      const I32 odd = bit_and(shift_right<16>(word), broadcast(std::int32_t{1}));
+      const I32 rounded = add(add(word, odd), broadcast(std::int32_t{0x7fff}));
+      store_words(static_cast<std::int16_t*>(next.data) + a, shift_right<16>(rounded));
+    }
+  }
+  for (std::int64_t a = whole; a < v; ++a) {
+    float value = scratch[a] * share;
+    if (previous.data) value += damping * value_at(previous, a);
+    if (next.format == Format::kF32) {
+      static_cast<float*>(next.data)[a] = value;
+    } else {
+      static_cast<std::uint16_t*>(next.data)[a] = to_bf16(value);
+    }
+  }
+  return finite;
+}
+
+}  // namespace
+
+const Kernels kKernels{.update_row = update_row,
+                       .gather = gather,
+                       .put_row = put_row,
+                       .send = send,
+                       .accumulate = accumulate};
+
+}  // namespace t2p::mrf::T2P_ISA_NAMESPACE

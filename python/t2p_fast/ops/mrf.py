@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markov random fields over a grid of tokens: mean field, as MarkovGen's layer, and other solvers.
+
+Sizes: `b` pictures, `n` positions, `v` labels, `e` edges.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2p_fast._checks import check_choice, describe, under_autocast
+from t2p_fast._library import _C, define_op
+from t2p_fast.ops.mrf_graph import (
+    Edges,
+    GridWeights,
+    LabelWeights,
+    LowRank,
+    PairWeights,
+    check_floats,
+    check_labels,
+    check_pairs,
+    csr_edges,
+    dense_edges,
+    dense_grid,
+    edge_starts,
+    grid_edges,
+    offset_index,
+)
+
+__all__ = ["mrf_energy", "mrf_mean_field"]
+
+
+# Mean field: the kernels, for CPU and CUDA tensors, beside their fake -----------------------------
+
+
+class _Pictures:
+    """The positions that are to be found, as rows of one matrix, and which picture each is of."""
+
+    def __init__(self, unary: Tensor, known: Tensor | None) -> None:
+        self.b, self.n, self.v = unary.shape
+        everywhere = torch.arange(self.b * self.n, device=unary.device)
+        scores = unary.float().contiguous().view(-1, self.v)
+        self.known = known
+        if known is None:
+            self.slot = self.row = everywhere
+            self.unary = scores
+            return
+        flat = known.flatten()
+        if not known.is_cuda and len(flat) and int(flat.max()) >= self.v:
+            raise ValueError(
+                f"mrf_mean_field: known holds label {int(flat.max())}, expected less than {self.v}"
+            )
+        self.row = (flat < 0).nonzero()[:, 0]
+        self.slot = torch.where(flat < 0, (flat < 0).cumsum(0) - 1, -1 - flat)
+        self.unary = scores[self.row]
+        self.counts = (known < 0).sum(1).tolist()
+
+    def mix(self, w_s: Tensor, q: Tensor, into: Tensor) -> None:
+        """``W_s q`` of the unknown positions. A known one says a number for its label alone."""
+        if self.known is None:
+            shape = self.b, self.n, self.v
+            torch.matmul(w_s, q.view(shape), out=into.view(shape))
+            return
+        parts = zip(self.known, q.split(self.counts), into.split(self.counts), strict=True)
+        for labels, part, to in parts:
+            free = labels < 0
+            away = w_s[free]
+            torch.mm(away[:, free], part, out=to)
+            to.index_add_(1, labels[~free], away[:, ~free])
+
+    def fill(self, q: Tensor) -> Tensor:
+        """The rows in their places, and known labels one-hot."""
+        if self.known is None:
+            return q.view(self.b, self.n, self.v)
+        full = q.new_zeros(self.b * self.n, self.v)
+        full[self.row] = q
+        flat = self.known.flatten()
+        fixed = (flat >= 0).nonzero()[:, 0]
+        full[fixed, flat[fixed]] = 1
+        return full.view(self.b, self.n, self.v)
+
+
+def _mean_field(
+    unary: Tensor,
+    w_s: Tensor,
+    begin: Tensor | None,
+    node: Tensor | None,
+    height: int,
+    width: int,
+    w_c: Tensor,
+    w_b: Tensor | None,
+    known: Tensor | None,
+    iterations: int,
+    damping: float,
+    temperature: float,
+    candidates: int,
+) -> Tensor:
+    pictures, threads = _Pictures(unary, known), torch.get_num_threads()
+    v, scores = pictures.v, pictures.unary
+    low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
+    dtype = torch.bfloat16 if low else torch.float32
+    potts = w_c.ndim == 0
+    scale = float(w_c) if potts else 1.0
+    w_c, w_b = w_c.to(dtype), None if w_b is None else w_b.to(dtype)
+    edges, matrix = _local_or_dense(w_s, begin, node, height, width, pictures.n)
+    matrix = None if matrix is None else matrix.to(dtype)
+    transposed = w_c.t().contiguous() if candidates else None
+
+    q, fresh = (torch.empty(scores.shape, dtype=dtype, device=scores.device) for _ in range(2))
+    message, mixed = torch.empty_like(q), torch.empty_like(q)
+    result = torch.empty_like(scores) if low else None
+    bad = _C.mrf_update(None, scores, None, 1.0, 0.0, temperature, q, threads)
+    if bad >= 0:
+        raise ValueError(
+            f"mrf_mean_field: unary of position {int(pictures.row[bad]) % pictures.n} has a NaN, "
+            f"an infinity, or nothing but -inf"
+        )
+    for step in range(iterations):
+        to = result if result is not None and step + 1 == iterations else fresh
+        previous = q if damping != 0 else None
+        if edges is not None and potts and not scores.is_cuda:
+            _C.mrf_local_step(
+                *edges, pictures.slot, pictures.row, q, scores, scale, damping, temperature, to,
+                threads,
+            )  # fmt: skip
+        else:
+            if edges is not None:
+                _C.mrf_message(*edges, pictures.slot, pictures.row, q, mixed, threads)
+            elif matrix is not None:
+                pictures.mix(matrix, q, mixed)
+            if potts:
+                said = mixed
+            elif w_b is not None:
+                said = torch.mm(mixed @ w_b, w_c.T, out=message)
+            elif transposed is not None:
+                said = _truncated_labels(mixed, transposed, candidates)
+            else:
+                said = torch.mm(mixed, w_c.T, out=message)
+            _C.mrf_update(said, scores, previous, scale, damping, temperature, to, threads)
+        q, fresh = to, q
+    return pictures.fill(q.view(-1, v)).to(unary.dtype)
+
+
+def _truncated_labels(mixed: Tensor, transposed: Tensor, candidates: int) -> Tensor:
+    """The label step from the `candidates` largest entries of every row alone."""
+    weight, label = mixed.topk(min(candidates, mixed.shape[1]), sorted=False)
+    return torch.nn.functional.embedding_bag(
+        label, transposed, mode="sum", per_sample_weights=weight
+    )
+
+
+def _local_or_dense(
+    w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int, n: int
+) -> tuple[Edges | None, Tensor | None]:
+    """Edges where there are few of them, else the matrix."""
+    if begin is not None and node is not None:
+        return csr_edges(begin, node, w_s, self_edges=True), None
+    if height == 0:
+        return None, w_s
+    # An edge costs about four times what an entry of a matrix product does.
+    if int((w_s != 0).sum()) * 4 < n:
+        return grid_edges(w_s, height, width), None
+    return None, dense_grid(w_s, height, width)
+
+
+def _mean_field_fake(unary: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(unary, memory_format=torch.contiguous_format)
+
+
+# Gradient ----------------------------------------------------------------------------------------
+
+
+def _mean_field_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    unary, w_s, begin, node, ctx.height, ctx.width, w_c, w_b, known, *options = inputs
+    ctx.iterations, ctx.damping, ctx.temperature, ctx.candidates = options
+    ctx.save_for_backward(unary, w_s, begin, node, w_c, w_b, known)
+
+
+def _mean_field_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the unrolled loop, whose ``q`` are computed again instead of kept.
+
+    With S = W_s Q, M = S W_c^T + f and P = softmax(M / t):
+    dM = P (dP - sum(dP P)) / t, dW_c = dM^T S, dS = dM W_c, dW_s = dS Q^T, dQ = W_s^T dS.
+    """
+    unary, values, begin, node, w_c, w_b, known = ctx.saved_tensors
+    if ctx.candidates:
+        raise NotImplementedError("mrf_mean_field: with candidates there is no gradient")
+    f, matrix = unary.float(), _matrix(values.float(), begin, node, ctx.height, ctx.width, unary)
+    labels, labels_b = w_c.float(), None if w_b is None else w_b.float()
+    keep, t = ctx.damping, ctx.temperature
+    free = None if known is None else (known < 0)[..., None]
+    one_hot = None
+    if known is not None:
+        one_hot = torch.nn.functional.one_hot(known.clamp_min(0), f.shape[-1]).to(f.dtype)
+
+    def clamped(q: Tensor) -> Tensor:
+        return q if free is None or one_hot is None else torch.where(free, q, one_hot)
+
+    def mix(s: Tensor) -> Tensor:
+        if labels_b is not None:
+            low: Tensor = s @ labels_b @ labels.mT
+            return low
+        said: Tensor = s * labels if labels.ndim == 0 else s @ labels.mT
+        return said
+
+    first = (f / t).softmax(-1)
+    q, steps = clamped(first), []
+    for _ in range(ctx.iterations):
+        mixed = matrix @ q
+        p = ((mix(mixed) + f) / t).softmax(-1)
+        steps.append((q, mixed, p))
+        q = clamped((1 - keep) * p + keep * q)
+
+    d_f, d_matrix, d_labels = (
+        torch.zeros_like(f),
+        torch.zeros_like(matrix),
+        torch.zeros_like(labels),
+    )
+    d_labels_b = None if labels_b is None else torch.zeros_like(labels_b)
+    d_q = grad.float()
+    for q, mixed, p in reversed(steps):
+        if free is not None:
+            d_q = d_q * free
+        d_m = _softmax_grad(p, (1 - keep) * d_q) / t
+        d_f = d_f + d_m
+        rows, said = d_m.flatten(0, 1), mixed.flatten(0, 1)
+        if labels_b is not None and d_labels_b is not None:
+            d_labels = d_labels + rows.mT @ (said @ labels_b)
+            d_labels_b = d_labels_b + said.mT @ (rows @ labels)
+            d_mixed = d_m @ labels @ labels_b.mT
+        elif labels.ndim == 0:
+            d_labels = d_labels + (d_m * mixed).sum()
+            d_mixed = d_m * labels
+        else:
+            d_labels = d_labels + rows.mT @ said
+            d_mixed = d_m @ labels
+        d_matrix = d_matrix + (d_mixed @ q.mT).sum(0)
+        d_q = matrix.mT @ d_mixed + keep * d_q
+    if free is not None:
+        d_q = d_q * free
+    d_f = d_f + _softmax_grad(first, d_q) / t
+    d_values = _values_grad(d_matrix, values, begin, node, ctx.height, ctx.width)
+    return (
+        d_f.to(unary.dtype), d_values.to(values.dtype), None, None, None, None,
+        d_labels.to(w_c.dtype), None if d_labels_b is None else d_labels_b.to(w_b.dtype),
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _softmax_grad(p: Tensor, grad: Tensor) -> Tensor:
+    return p * (grad - (grad * p).sum(-1, keepdim=True))
+
+
+def _matrix(
+    values: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int, like: Tensor
+) -> Tensor:
+    """The matrix ``[n, n]`` of weights given in any form."""
+    n = like.shape[1]
+    if begin is not None and node is not None:
+        at = torch.repeat_interleave(begin.diff(), output_size=node.shape[0]) * n + node
+        return values.new_zeros(n * n).index_add(0, at, values).view(n, n)
+    return values if height == 0 else dense_grid(values, height, width)
+
+
+def _values_grad(
+    d_matrix: Tensor,
+    values: Tensor,
+    begin: Tensor | None,
+    node: Tensor | None,
+    height: int,
+    width: int,
+) -> Tensor:
+    """The gradient of the weights in the form in which they were given."""
+    if begin is not None and node is not None:
+        start = torch.repeat_interleave(begin.diff(), output_size=node.shape[0])
+        return d_matrix[start, node]
+    if height == 0:
+        return d_matrix
+    index, inside = offset_index((values.shape[0], values.shape[1]), height, width)
+    index, inside = index.to(values.device), inside.to(values.device)
+    table = d_matrix.new_zeros(values.numel())
+    return table.index_add(0, index.flatten(), (d_matrix * inside).flatten()).view(values.shape)
+
+
+_mrf_mean_field = define_op(
+    "mrf_mean_field(Tensor unary, Tensor w_s, Tensor? begin, Tensor? node, int height, int width, "
+    "Tensor w_c, Tensor? w_b, Tensor? known, int iterations, float damping, float temperature, "
+    "int candidates) -> Tensor",
+    cpu=_mean_field,
+    fake=_mean_field_fake,
+    setup_context=_mean_field_setup_context,
+    backward=_mean_field_backward,
+)
+
+
+# Public functions --------------------------------------------------------------------------------
+
+
+def mrf_mean_field(
+    unary: Tensor,
+    w_s: PairWeights,
+    w_c: LabelWeights,
+    *,
+    iterations: int = 5,
+    known: Tensor | None = None,
+    damping: float = 0.0,
+    temperature: float = 1.0,
+    candidates: int | None = None,
+) -> Tensor:
+    """Parallel mean field in a Markov random field over tokens: MarkovGen's algorithm 1.
+
+    ``q = softmax(unary)``, then `iterations` times ``q = softmax(W_s q W_c^T + unary)``: the
+    mean field of the energy of `mrf_energy`. Known positions keep their label: what one says to
+    the others is a single number for that label, and only the others iterate, exactly as if all
+    did.
+
+    Args:
+        unary: ``[b, n, v]`` scores, such as a transformer's logits; higher is better. float32,
+            bfloat16 or float16. -inf rules a label out.
+        w_s: weights of pairs of positions: a matrix ``[n, n]``, a `GridWeights` table (all
+            offsets, a window, or `grid_neighbours`), or a sparse CSR matrix ``[n, n]``.
+        w_c: weights of pairs of labels: a matrix ``[v, v]``, a `LowRank` pair, or a number (or
+            tensor ``[]``) for Potts, the weight of two labels that are equal. In bfloat16 products
+            are formed in bfloat16, which is several times as fast; else in float32.
+        iterations: at least 1.
+        known: ``[b, n]`` int64, the label of a known position, negative where it is to be found.
+        damping: share of the previous ``q`` in the next, in [0, 1). The paper has none.
+        temperature: of every softmax.
+        candidates: if given, labels speak through the `candidates` largest entries of a row of
+            ``W_s q`` alone, an approximation for large `v`. It has no gradient.
+
+    Returns:
+        ``q``, ``[b, n, v]`` probabilities in the dtype of `unary`; one-hot where known.
+        Differentiable in `unary`, `w_s` and `w_c`; the gradient computes the iterations again
+        rather than keep them.
+
+    Raises:
+        ValueError: shapes, numbers or known labels do not fit; on the CPU also if a position's
+            unary scores hold a NaN or +inf, or nothing but -inf. On CUDA these give NaN.
+        TypeError: dtypes do not fit.
+
+    Complexity:
+        ``O(iterations u (u v + v^2))`` for ``u`` unknown positions and dense weights;
+        ``O(iterations u v)`` times the neighbours for Potts.
+    """
+    op = "mrf_mean_field"
+    check_unary(op, unary)
+    check_pairs(op, w_s, unary.shape[1], unary.device)
+    check_labels(op, w_c, unary.shape[2], unary.device)
+    if iterations < 1:
+        raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
+    if not 0 <= damping < 1:
+        raise ValueError(f"{op}: damping is {damping}, expected 0 to less than 1")
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"{op}: temperature is {temperature}, expected 1e-06 to 1e+06")
+    if candidates is not None and (candidates < 1 or not _is_matrix(w_c)):
+        raise ValueError(
+            f"{op}: candidates is {candidates}, expected at least 1 and a matrix w_c, or None"
+        )
+    _check_known(op, known, unary)
+    values, begin, node, height, width = unpack_pairs(w_s)
+    first, second = unpack_labels(w_c, unary)
+    unary, values = under_autocast(unary, values)
+    q: Tensor = _mrf_mean_field(
+        unary, values, begin, node, height, width, first, second, known, iterations,
+        float(damping), float(temperature), candidates or 0,
+    )  # fmt: skip
+    return q
+
+
+def mrf_energy(
+    unary: Tensor,
+    w_s: PairWeights,
+    w_c: LabelWeights,
+    labels: Tensor,
+    *,
+    pair_sum: str = "unordered",
+) -> Tensor:
+    """The energy of labels; lower is better, and ``p(x)`` is in proportion to ``exp(-E(x))``.
+
+    ``E(x) = -sum_i f_i(x_i) - sum_{i < j} (W_s[i, j] W_c[x_i, x_j] + W_s[j, i] W_c[x_j, x_i]) / 2``
+
+    This is the energy whose mean field `mrf_mean_field` computes, where weights are symmetric and
+    ``W_s`` has a zero diagonal. MarkovGen's equation 2 sums all ordered pairs, ``i = j`` among
+    them: that is `pair_sum` ``"ordered"``.
+
+    Args:
+        unary: ``[b, n, v]`` scores ``f``.
+        w_s: as in `mrf_mean_field`.
+        w_c: as in `mrf_mean_field`.
+        labels: ``[b, n]`` int64.
+        pair_sum: ``"unordered"`` or ``"ordered"``.
+
+    Returns:
+        ``[b]``, in float32 or what `unary` and the weights promote to; differentiable.
+    """
+    op = "mrf_energy"
+    check_unary(op, unary)
+    n, v = unary.shape[1:]
+    check_pairs(op, w_s, n, unary.device)
+    check_labels(op, w_c, v, unary.device)
+    check_choice(op, "pair_sum", pair_sum, ("unordered", "ordered"))
+    check_label_tensor(op, "labels", labels, unary)
+    values, begin, node, height, width = unpack_pairs(w_s)
+    if begin is None or node is None:
+        matrix = values if height == 0 else dense_grid(values, height, width)
+        here = torch.arange(n, device=unary.device)
+        start, node, weight = here.repeat_interleave(n), here.repeat(n), matrix.flatten()
+    else:
+        start, weight = edge_starts(begin), values
+    if pair_sum == "unordered":
+        weight = torch.where(start == node, 0, weight) / 2
+    x, y = labels[:, start], labels[:, node]
+    first, second = unpack_labels(w_c, unary)
+    if second is not None:
+        pairs = (first[x] * second[y]).sum(-1)
+    elif first.ndim == 0:
+        pairs = first * (x == y)
+    else:
+        pairs = first[x, y]
+    chosen = unary.gather(-1, labels[..., None])[..., 0]
+    energy: Tensor = -chosen.float().sum(-1) - (pairs * weight).float().sum(-1)
+    return energy
+
+
+def unpack_pairs(w_s: PairWeights) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+    """Values, CSR structure or None, and the grid's size or zeros."""
+    if isinstance(w_s, GridWeights):
+        return w_s.table, None, None, w_s.height, w_s.width
+    if w_s.layout == torch.sparse_csr:
+        return w_s.values(), w_s.crow_indices().long(), w_s.col_indices().long(), 0, 0
+    return w_s, None, None, 0, 0
+
+
+def unpack_labels(w_c: LabelWeights, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    if isinstance(w_c, LowRank):
+        return w_c.a, w_c.b
+    if isinstance(w_c, Tensor):
+        return w_c, None
+    return torch.tensor(float(w_c), device=like.device), None
+
+
+def solver_edges(w_s: PairWeights) -> Edges:
+    """The edges between different positions."""
+    values, begin, node, height, width = unpack_pairs(w_s)
+    if begin is not None and node is not None:
+        return csr_edges(begin, node, values, self_edges=False)
+    if height == 0:
+        return dense_edges(values)
+    return grid_edges(values, height, width, self_edges=False)
+
+
+def _is_matrix(w_c: LabelWeights) -> bool:
+    return isinstance(w_c, Tensor) and w_c.ndim == 2
+
+
+def check_unary(op: str, unary: Tensor) -> None:
+    if not isinstance(unary, Tensor) or unary.layout != torch.strided:
+        raise TypeError(f"{op}: unary must be a dense tensor, got {describe(unary)}")
+    check_floats(op, "unary", unary, unary.device)
+    if unary.ndim != 3 or unary.shape[2] == 0:
+        raise ValueError(f"{op}: unary must be [b, n, v >= 1], got {list(unary.shape)}")
+
+
+def _check_known(op: str, known: Tensor | None, unary: Tensor) -> None:
+    if known is not None:
+        check_label_tensor(op, "known", known, unary)
+
+
+def check_label_tensor(op: str, name: str, labels: Tensor, unary: Tensor) -> None:
+    """Raises unless `labels` is an int64 tensor ``[b, n]`` beside `unary`."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        came = str(labels.dtype) if isinstance(labels, Tensor) else describe(labels)
+        raise TypeError(f"{op}: {name} must be int64, got {came.removeprefix('torch.')}")
+    if labels.shape != unary.shape[:2]:
+        raise ValueError(f"{op}: {name} is {list(labels.shape)}, expected {list(unary.shape[:2])}")
+    if labels.device != unary.device:
+        raise ValueError(f"{op}: {name} is on {labels.device} but unary is on {unary.device}")
