@@ -10,19 +10,28 @@
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
 
-T2P_INLINE F32 load_values(Values values, std::int64_t at) {
-  if (values.format == Format::kF32) return load(static_cast<const float*>(values.data) + at);
-  return load_bf16(static_cast<const std::uint16_t*>(values.data) + at);
-}
-
-T2P_INLINE float value_at(Values values, std::int64_t at) {
-  if (values.format == Format::kF32) return static_cast<const float*>(values.data)[at];
-  const std::uint32_t word = std::uint32_t{static_cast<const std::uint16_t*>(values.data)[at]}
-                             << 16;
-  float value;
-  __builtin_memcpy(&value, &word, sizeof(value));
-  return value;
-}
+// A row of numbers in a format known to the compiler.
+template <Format format>
+struct Row;
+template <>
+struct Row<Format::kF32> {
+  const float* data;
+  explicit Row(Values values) : data(static_cast<const float*>(values.data)) {}
+  T2P_INLINE F32 vector(std::int64_t at) const { return load(data + at); }
+  T2P_INLINE float operator[](std::int64_t at) const { return data[at]; }
+};
+template <>
+struct Row<Format::kBf16> {
+  const std::uint16_t* data;
+  explicit Row(Values values) : data(static_cast<const std::uint16_t*>(values.data)) {}
+  T2P_INLINE F32 vector(std::int64_t at) const { return load_bf16(data + at); }
+  T2P_INLINE float operator[](std::int64_t at) const {
+    const std::uint32_t word = std::uint32_t{data[at]} << 16;
+    float value;
+    __builtin_memcpy(&value, &word, sizeof(value));
+    return value;
+  }
+};
 
 // Rounded to the nearest, of two to the even one; a NaN stays one.
 T2P_INLINE std::uint16_t to_bf16(float value) {
@@ -45,8 +54,10 @@ void put_row(const float* from, std::int64_t v, MutableValues to) {
 // Four vectors at a time, so that a row of q is read once for each and sums stay in registers.
 constexpr int kStrip = 4 * kLanes;
 
-void gather(const Edges& edges, const Positions& positions, Values q, std::int64_t row,
-            std::int64_t v, float* message) {
+template <Format format>
+void gather_rows(const Edges& edges, const Positions& positions, Values values, std::int64_t row,
+                 std::int64_t v, float* message) {
+  const Row<format> q(values);
   const std::int64_t position = positions.row[row];
   const std::int64_t i = position % positions.n, base = position - i;
   const std::int64_t first = edges.begin[i], last = edges.begin[i + 1];
@@ -61,7 +72,7 @@ void gather(const Edges& edges, const Positions& positions, Values q, std::int64
       const F32 weight = broadcast(edges.weight[e]);
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        sum[p] = multiply_add(weight, load_values(q, slot * v + a + p * kLanes), sum[p]);
+        sum[p] = multiply_add(weight, q.vector(slot * v + a + p * kLanes), sum[p]);
       }
     }
 #pragma GCC unroll 4
@@ -71,7 +82,7 @@ void gather(const Edges& edges, const Positions& positions, Values q, std::int64
     float sum = 0;
     for (std::int64_t e = first; e < last; ++e) {
       const std::int64_t slot = positions.slot[base + edges.node[e]];
-      if (slot >= 0) sum += edges.weight[e] * value_at(q, slot * v + a);
+      if (slot >= 0) sum += edges.weight[e] * q[slot * v + a];
     }
     message[a] = sum;
   }
@@ -81,37 +92,46 @@ void gather(const Edges& edges, const Positions& positions, Values q, std::int64
   }
 }
 
-bool update_row(Values message, const float* unary, Values previous, std::int64_t v, float scale,
-                float damping, float temperature, float* scratch, MutableValues next) {
-  const std::int64_t whole = v / kLanes * kLanes;
+void gather(const Edges& edges, const Positions& positions, Values q, std::int64_t row,
+            std::int64_t v, float* message) {
+  q.format == Format::kF32 ? gather_rows<Format::kF32>(edges, positions, q, row, v, message)
+                           : gather_rows<Format::kBf16>(edges, positions, q, row, v, message);
+}
+
+// (scale message + unary) / temperature into scratch, filled up with -inf to a whole vector.
+// Returns its maximum, or NaN if there is a NaN or +inf.
+template <Format format>
+float combine(Values values, const float* unary, std::int64_t v, float scale, float temperature,
+              float* scratch) {
+  const Row<format> message(values);
   const float inverse = 1.0f / temperature;
+  const F32 scales = broadcast(scale), inverses = broadcast(inverse), high = broadcast(kInfinity);
   F32 most = broadcast(-kInfinity);
-  float most_left = -kInfinity;
-  bool finite = true;
   constexpr std::uint32_t kAll = (1u << kLanes) - 1;
   std::uint32_t below = kAll;
-  const F32 scales = broadcast(scale), inverses = broadcast(inverse), high = broadcast(kInfinity);
-  for (std::int64_t a = 0; a < whole; a += kLanes) {
+  std::int64_t a = 0;
+  for (; a + kLanes <= v; a += kLanes) {
     F32 x = load(unary + a);
-    if (message.data) x = multiply_add(scales, load_values(message, a), x);
+    if (message.data) x = multiply_add(scales, message.vector(a), x);
     x = mul(x, inverses);
     below &= bits(less(x, high));
     most = max(x, most);
     store(scratch + a, x);
   }
-  for (std::int64_t a = whole; a < v; ++a) {
-    float x = unary[a];
-    if (message.data) x += scale * value_at(message, a);
-    x *= inverse;
+  float largest = reduce_max(most);
+  bool finite = below == kAll;
+  for (; a < v; ++a) {
+    const float x = (message.data ? unary[a] + scale * message[a] : unary[a]) * inverse;
     finite = finite && x < kInfinity;
-    most_left = x > most_left ? x : most_left;
+    largest = x > largest ? x : largest;
     scratch[a] = x;
   }
-  float largest = reduce_max(most);
-  largest = largest > most_left ? largest : most_left;
-  finite = finite && below == kAll && largest > -kInfinity;
+  for (; a % kLanes != 0; ++a) scratch[a] = -kInfinity;
+  return finite ? largest : __builtin_nanf("");
+}
 
-  for (std::int64_t a = v; a % kLanes != 0; ++a) scratch[a] = -kInfinity;
+// Replaces x by exp(x - largest) and adds up.
+double exponentials_of(float* scratch, std::int64_t v, float largest) {
   const F32 offset = broadcast(largest);
   double total = 0;
   constexpr std::int64_t kBlock = 64 * kLanes;  // so that long rows lose no precision
@@ -124,31 +144,50 @@ bool update_row(Values message, const float* unary, Values previous, std::int64_
     }
     total += double{reduce_add(sum)};
   }
-  const float share =
-      finite ? static_cast<float>((1.0 - double{damping}) / total) : __builtin_nanf("");
+  return total;
+}
+
+// next = share scratch + damping previous.
+template <Format format>
+void spread(const float* scratch, Values before, std::int64_t v, float share, float damping,
+            MutableValues next) {
+  const Row<format> previous(before);
   const F32 shares = broadcast(share), kept = broadcast(damping);
-  for (std::int64_t a = 0; a < whole; a += kLanes) {
+  float* wide = static_cast<float*>(next.data);
+  std::uint16_t* narrow = static_cast<std::uint16_t*>(next.data);
+  std::int64_t a = 0;
+  for (; a + kLanes <= v; a += kLanes) {
     F32 value = mul(load(scratch + a), shares);
-    if (previous.data) value = multiply_add(kept, load_values(previous, a), value);
+    if (previous.data) value = multiply_add(kept, previous.vector(a), value);
     if (next.format == Format::kF32) {
-      store(static_cast<float*>(next.data) + a, value);
+      store(wide + a, value);
     } else {
       // Rounded to the nearest, of two to the even one; these are no larger than 1.
       const I32 word = as_bits(value);
       const I32 odd = bit_and(shift_right<16>(word), broadcast(std::int32_t{1}));
       const I32 rounded = add(add(word, odd), broadcast(std::int32_t{0x7fff}));
-      store_words(static_cast<std::int16_t*>(next.data) + a, shift_right<16>(rounded));
+      store_words(reinterpret_cast<std::int16_t*>(narrow + a), shift_right<16>(rounded));
     }
   }
-  for (std::int64_t a = whole; a < v; ++a) {
-    float value = scratch[a] * share;
-    if (previous.data) value += damping * value_at(previous, a);
-    if (next.format == Format::kF32) {
-      static_cast<float*>(next.data)[a] = value;
-    } else {
-      static_cast<std::uint16_t*>(next.data)[a] = to_bf16(value);
-    }
+  for (; a < v; ++a) {
+    const float value = scratch[a] * share + (previous.data ? damping * previous[a] : 0.0f);
+    next.format == Format::kF32 ? void(wide[a] = value) : void(narrow[a] = to_bf16(value));
   }
+}
+
+bool update_row(Values message, const float* unary, Values previous, std::int64_t v, float scale,
+                float damping, float temperature, float* scratch, MutableValues next) {
+  const float largest =
+      message.format == Format::kF32
+          ? combine<Format::kF32>(message, unary, v, scale, temperature, scratch)
+          : combine<Format::kBf16>(message, unary, v, scale, temperature, scratch);
+  const bool finite = largest > -kInfinity;
+  const double total = exponentials_of(scratch, v, largest);
+  const float share =
+      finite ? static_cast<float>((1.0 - double{damping}) / total) : __builtin_nanf("");
+  previous.format == Format::kF32
+      ? spread<Format::kF32>(scratch, previous, v, share, damping, next)
+      : spread<Format::kBf16>(scratch, previous, v, share, damping, next);
   return finite;
 }
 

@@ -4,6 +4,7 @@
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
 from t2p_fast.ops.masked_sampling import MaskedSample, mask_counts, masked_sample
 from t2p_fast.ops.mrf import mrf_energy, mrf_mean_field
+from t2p_fast.ops.mrf_cuts import mrf_alpha_expansion
 from t2p_fast.ops.mrf_graph import GridWeights, LowRank, codebook_labels, grid_neighbours
 from t2p_fast.ops.mrf_solvers import mrf_bp, mrf_icm
 from t2p_fast.ops.vq import vq_lookup, vq_nearest, vq_pack, vq_quantize
@@ -19,6 +20,7 @@ __all__ = [
     "kmeans",
     "mask_counts",
     "masked_sample",
+    "mrf_alpha_expansion",
     "mrf_bp",
     "mrf_energy",
     "mrf_icm",

@@ -159,7 +159,7 @@ def mrf_icm(
     op = "mrf_icm"
     if sweeps < 1:
         raise ValueError(f"{op}: sweeps is {sweeps}, expected at least 1")
-    unary, edges, labels = _problem(op, unary, w_s, w_c)
+    unary, edges, labels = solver_problem(op, unary, w_s, w_c)
     reverse_edges(op, edges)
     for name, tensor in (("init", init), ("known", known)):
         if tensor is not None:
@@ -208,7 +208,7 @@ def mrf_bp(
     if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
         raise ValueError(f"{op}: temperature is {temperature}, expected 0 or 1e-06 to 1e+06")
     check_choice(op, "schedule", schedule, ("parallel", "checkerboard"))
-    unary, edges, labels = _problem(op, unary, w_s, w_c)
+    unary, edges, labels = solver_problem(op, unary, w_s, w_c)
     reverse = reverse_edges(op, edges)
     order, counts = torch.arange(unary.shape[1]), [unary.shape[1]]
     if schedule == "checkerboard":
@@ -221,7 +221,7 @@ def mrf_bp(
     )  # fmt: skip
 
 
-def _problem(
+def solver_problem(
     op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights
 ) -> tuple[Tensor, Edges, Tensor]:
     """Checked, in float32, with the label weights as a matrix."""
