@@ -22,7 +22,7 @@ T2P_INLINE F32 exp_nonpositive(F32 a) {
   q = add(mul(q, r), broadcast(4.9999994e-1f));
   const F32 e = add(add(mul(mul(r, r), q), r), broadcast(1.0f));
   // The low bits of `shifted` are n: they go to the exponent.
-  const F32 power = from_bits(add(as_bits(e), shift_left<23>(as_bits(shifted))));
+  const F32 power = as_f32(add(as_i32(e), shift_left<23>(as_i32(shifted))));
   return select(less(a, broadcast(-87.0f)), broadcast(0.0f), power);
 }
 

@@ -6,6 +6,9 @@
 // p[stride..stride + 3], ... side by side, and transpose_quads exchanges, in every quad of lanes,
 // vector and lane: together they transpose a matrix of kLanes rows four columns at a time.
 //
+// load_bf16 and load_f16 read a vector's elements in those formats, and are exact;
+// store_high_words writes the upper half of every lane.
+//
 // reduce_add_each reduces as many vectors of doubles as one has lanes, each in the order of
 // reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
 // out of `rest`. store_chosen writes the lanes that are set in a mask side by side and returns
@@ -17,10 +20,10 @@
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
-// as_bits and from_bits leave the bits alone. even_products multiplies the unsigned lanes 0, 2, ...
-// to 64 bits, which fill two lanes each; high_words moves lanes 1, 3, ... down by one, with zeros
-// in their place; interleave_even takes lane 2 i of `b` into lane 2 i + 1 of `a`. shift_right
-// brings zeros in. load_bf16 and load_f16 read a vector's elements in those formats, and are exact.
+// multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
+// products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to
+// the even ones, interleave_even puts the even lanes of two vectors side by side. shift_right fills
+// with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits.
 //
 // min and max give `b` where either operand is a NaN.
 //

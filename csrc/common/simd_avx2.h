@@ -39,6 +39,19 @@ T2P_INLINE F64 load_f64_first(const float* p, int count) {
   const __m128i lane = _mm_setr_epi32(0, 1, 2, 3);
   return {_mm256_cvtps_pd(_mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(count), lane)))};
 }
+T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+}
+T2P_INLINE F32 load_f16(const std::uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
+  const __m256i words = _mm256_srli_epi32(a.v, 16);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
 T2P_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
@@ -190,13 +203,8 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, pairs)};
 }
 
-T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
-T2P_INLINE I32 as_bits(F32 a) { return {_mm256_castps_si256(a.v)}; }
-T2P_INLINE F32 from_bits(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
-T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
-  return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
-}
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm256_slli_epi32(a.v, kBits)};
@@ -205,17 +213,21 @@ template <int kBits>
 T2P_INLINE I32 shift_right(I32 a) {
   return {_mm256_srli_epi32(a.v, kBits)};
 }
-T2P_INLINE I32 even_products(I32 a, I32 b) { return {_mm256_mul_epu32(a.v, b.v)}; }
-T2P_INLINE I32 high_words(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {_mm256_srai_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
+T2P_INLINE F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+T2P_INLINE M32 negative(I32 a) { return {_mm256_castsi256_ps(_mm256_srai_epi32(a.v, 31))}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm256_mul_epu32(a.v, _mm256_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) {
-  return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa)};
-}
-T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
-  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
-}
-T2P_INLINE F32 load_f16(const std::uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xAA)};
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -36,6 +36,17 @@ T2P_INLINE F64 load_f64(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_p
 T2P_INLINE F64 load_f64_first(const float* p, int count) {
   return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), p))};
 }
+T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
+T2P_INLINE F32 load_f16(const std::uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
+  const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
 T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 T2P_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
@@ -183,13 +194,8 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 #endif
 
-T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
-T2P_INLINE I32 as_bits(F32 a) { return {_mm512_castps_si512(a.v)}; }
-T2P_INLINE F32 from_bits(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
-T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
-  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
-}
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm512_slli_epi32(a.v, kBits)};
@@ -198,17 +204,21 @@ template <int kBits>
 T2P_INLINE I32 shift_right(I32 a) {
   return {_mm512_srli_epi32(a.v, kBits)};
 }
-T2P_INLINE I32 even_products(I32 a, I32 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
-T2P_INLINE I32 high_words(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {_mm512_srai_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
+T2P_INLINE F32 as_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+T2P_INLINE M32 negative(I32 a) { return {_mm512_movepi32_mask(a.v)}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm512_mul_epu32(a.v, _mm512_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) {
-  return {_mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, _MM_PERM_CCAA)};
-}
-T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
-}
-T2P_INLINE F32 load_f16(const std::uint16_t* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  return {_mm512_mask_mov_epi32(a.v, 0xAAAA, _mm512_slli_epi64(b.v, 32))};
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

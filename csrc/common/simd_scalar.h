@@ -47,6 +47,33 @@ T2P_INLINE F64 load_f64(const float* p) { return {F64::type{p[0], p[1]}}; }
 T2P_INLINE F64 load_f64_first(const float* p, int count) {
   return {F64::type{count > 0 ? p[0] : 0.0, count > 1 ? p[1] : 0.0}};
 }
+T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
+  const std::uint32_t words[kLanes] = {std::uint32_t{p[0]} << 16, std::uint32_t{p[1]} << 16,
+                                       std::uint32_t{p[2]} << 16, std::uint32_t{p[3]} << 16};
+  F32 a;
+  __builtin_memcpy(&a, words, sizeof(a));
+  return a;
+}
+// By integers: half has the exponent of float less 112, and a subnormal one is a multiple of 2^-24.
+T2P_INLINE float from_f16(std::uint16_t half) {
+  const std::uint32_t sign = std::uint32_t{half & 0x8000u} << 16, rest = half & 0x7fffu;
+  const float small = static_cast<float>(rest) * 0x1p-24f;
+  const bool finite = rest < 0x7c00u;
+  std::uint32_t word = (rest << 13) + (finite ? 112u << 23 : 0x7f800000u - (0x7c00u << 13));
+  if (rest < 0x400u) __builtin_memcpy(&word, &small, sizeof(word));
+  word |= sign;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof(value));
+  return value;
+}
+T2P_INLINE F32 load_f16(const std::uint16_t* p) {
+  return {F32::type{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}};
+}
+T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = static_cast<std::uint16_t>(static_cast<std::uint32_t>(a.v[i]) >> 16);
+  }
+}
 T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE F32 broadcast(float a) { return {F32::type{a, a, a, a}}; }
@@ -172,63 +199,36 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return sum;
 }
 
-T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {m.v ? a.v : b.v}; }
-T2P_INLINE I32 as_bits(F32 a) {
-  I32 b;
-  __builtin_memcpy(&b, &a, sizeof(b));
-  return b;
-}
-T2P_INLINE F32 from_bits(I32 a) {
-  F32 b;
-  __builtin_memcpy(&b, &a, sizeof(b));
-  return b;
-}
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
-T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return {a.v ^ b.v ^ c.v}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
+typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
-  for (int i = 0; i < kLanes; ++i) {
-    a.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << kBits);
-  }
-  return a;
+  return {(I32::type)((U32Vector)a.v << kBits)};
 }
 template <int kBits>
 T2P_INLINE I32 shift_right(I32 a) {
-  for (int i = 0; i < kLanes; ++i) {
-    a.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) >> kBits);
-  }
-  return a;
+  return {(I32::type)((U32Vector)a.v >> kBits)};
 }
-T2P_INLINE I32 even_products(I32 a, I32 b) {
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {a.v >> kBits};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {(I32::type)a.v}; }
+T2P_INLINE F32 as_f32(I32 a) { return {(F32::type)a.v}; }
+T2P_INLINE M32 negative(I32 a) { return {a.v < 0}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {a.v == b.v}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {m.v ? a.v : b.v}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  I32 product;
   for (int i = 0; i < kLanes; i += 2) {
-    const std::uint64_t product =
-        std::uint64_t{static_cast<std::uint32_t>(a.v[i])} * static_cast<std::uint32_t>(b.v[i]);
-    a.v[i] = static_cast<std::int32_t>(product);
-    a.v[i + 1] = static_cast<std::int32_t>(product >> 32);
+    const std::uint64_t wide = std::uint64_t{static_cast<std::uint32_t>(a.v[i])} * b;
+    product.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide));
+    product.v[i + 1] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide >> 32));
   }
-  return a;
+  return product;
 }
-T2P_INLINE I32 high_words(I32 a) { return {I32::type{a.v[1], 0, a.v[3], 0}}; }
+T2P_INLINE I32 odd_to_even(I32 a) { return {I32::type{a.v[1], 0, a.v[3], 0}}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) { return {I32::type{a.v[0], b.v[0], a.v[2], b.v[2]}}; }
-T2P_INLINE F32 load_bf16(const std::uint16_t* p) {
-  I32 a;
-  for (int i = 0; i < kLanes; ++i) a.v[i] = static_cast<std::int32_t>(std::uint32_t{p[i]} << 16);
-  return from_bits(a);
-}
-// By integers: half has the exponent of float less 112, and a subnormal one is a multiple of 2^-24.
-T2P_INLINE float from_f16(std::uint16_t half) {
-  const std::uint32_t sign = std::uint32_t{half & 0x8000u} << 16, rest = half & 0x7fffu;
-  const float small = static_cast<float>(rest) * 0x1p-24f;
-  const bool finite = rest < 0x7c00u;
-  std::uint32_t word = (rest << 13) + (finite ? 112u << 23 : 0x7f800000u - (0x7c00u << 13));
-  if (rest < 0x400u) __builtin_memcpy(&word, &small, sizeof(word));
-  word |= sign;
-  float value;
-  __builtin_memcpy(&value, &word, sizeof(value));
-  return value;
-}
-T2P_INLINE F32 load_f16(const std::uint16_t* p) {
-  return {F32::type{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}};
-}
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

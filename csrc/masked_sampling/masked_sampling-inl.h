@@ -171,7 +171,7 @@ T2P_INLINE double sum_and_sample(const Round& round, std::int64_t row, const flo
                                  float most, Best& best) {
   const std::int64_t groups = (round.v + kGroup - 1) / kGroup;
   const std::uint64_t seed = static_cast<std::uint64_t>(round.seeds[row / round.n]);
-  const auto position = static_cast<std::uint32_t>(row % round.n);
+  const auto position = static_cast<std::int32_t>(row % round.n);
   const F32 offset = broadcast(most), at_zero = broadcast(round.temperature * kBoundAtZero),
             slope = broadcast(round.temperature * kBoundSlope);
   const float slack = 1e-4f * round.temperature;
@@ -196,12 +196,16 @@ T2P_INLINE double sum_and_sample(const Round& round, std::int64_t row, const flo
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         I32 word[4];
-        philox_lanes(seed, static_cast<std::uint32_t>(g * kCounters + p * kLanes), position,
-                     round.step, 0, word);
+        const auto counter = static_cast<std::int32_t>(g * kCounters + p * kLanes);
+        word[0] = add(lane_numbers(), broadcast(counter));
+        word[1] = broadcast(position);
+        word[2] = broadcast(static_cast<std::int32_t>(round.step));
+        word[3] = broadcast(std::int32_t{0});
+        philox_words(word, seed);
 #pragma GCC unroll 4
         for (int w = 0; w < 4; ++w) {
           const int at = w * kCounters + p * kLanes;
-          const F32 log2 = to_f32(as_bits(to_f32(shift_right<8>(word[w]))));
+          const F32 log2 = to_f32(as_i32(to_f32(shift_right<8>(word[w]))));
           const F32 bound = add(load(x + at), sub(at_zero, mul(slope, log2)));
           any |= bits(less(limit, bound));
           store(words + at, word[w]);

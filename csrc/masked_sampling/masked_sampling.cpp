@@ -15,7 +15,7 @@
 
 namespace t2p::masked_sampling {
 
-double gumbel(std::uint32_t word) { return -std::log(-std::log1p(-open_uniform(word))); }
+double gumbel(std::uint32_t word) { return -std::log(-std::log1p(-(word + 0.5) * 0x1p-32)); }
 
 double log_of(double a) { return std::log(a); }
 
@@ -48,10 +48,11 @@ void mask_again(const Round& round, std::int64_t picture) {
     if (round.tokens[at] != round.mask_token) continue;
     double confidence = round.log_probability[at];
     if (round.choice_temperature > 0) {
-      const auto position = static_cast<std::uint32_t>(i);
-      const double noise = round.confidence_noise
-                               ? round.confidence_noise[at]
-                               : gumbel(philox4x32(seed, 0, position, round.step, 1).word[0]);
+      const auto position = static_cast<std::uint64_t>(i);
+      const double noise =
+          round.confidence_noise
+              ? round.confidence_noise[at]
+              : gumbel(philox::words(seed, kConfidenceOffset + round.step, position << 32).v[0]);
       confidence += double{round.choice_temperature} * noise;
     }
     if (std::isnan(confidence)) confidence = -std::numeric_limits<double>::infinity();

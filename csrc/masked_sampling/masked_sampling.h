@@ -8,9 +8,10 @@
 //   confidence = log p + choice_temperature g
 //
 // and the mask_count positions of a picture with the least confidence are masked again. The noise g
-// is standard Gumbel, -log(-log1p(-r)), with r from Philox (common/philox.h) under the picture's
-// seed: for word v of position i in round `step` it is word v % 64 / 16 at counter
-// (v / 64 * 16 + v % 16, i, step, 0), for the confidence of position i word 0 at (0, i, step, 1).
+// is standard Gumbel, -log(-log1p(-(word + 1/2) / 2^32)), of a word of Philox (common/philox.h)
+// under the picture's seed: for word v of position i in round `step` it is word v % 64 / 16 at
+// offset `step` and index 2^32 i + v / 64 * 16 + v % 16; for the confidence of position i word 0 at
+// offset 2^32 + step and index 2^32 i.
 //
 // x, g and the scores are the same on every device and instruction set, but for the last bit of the
 // device's own log in float64; so tokens are too. log p has the same bits on every CPU, for any
@@ -46,6 +47,9 @@ struct Round {
   std::int64_t* sampled;           // [b, n] before it
   float* log_probability;          // [b, n], 0 where the token was known
 };
+
+// Added to the step for the noise of the confidences.
+constexpr std::uint64_t kConfidenceOffset = std::uint64_t{1} << 32;
 
 void sample_cpu(const Round& round, int threads);
 

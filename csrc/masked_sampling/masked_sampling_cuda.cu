@@ -53,7 +53,9 @@ __device__ float block_max(float value, float* shared) {
 }
 
 // Not inlined: few words need it, and its registers would weigh on all.
-__device__ __noinline__ double gumbel(uint32_t word) { return -log(-log1p(-open_uniform(word))); }
+__device__ __noinline__ double gumbel(uint32_t word) {
+  return -log(-log1p(-(word + 0.5) * 0x1p-32));
+}
 
 // An integer that orders as the float does.
 __device__ uint32_t ordered(float a) {
@@ -159,15 +161,15 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(Round round) {
   if (round.top_k > 0 && round.top_k < v) row.least = kth_largest(row, v, round.top_k, counts);
 
   const uint64_t seed = static_cast<uint64_t>(round.seeds[at / round.n]);
-  const uint32_t position = static_cast<uint32_t>(at % round.n);
+  const uint64_t place = static_cast<uint64_t>(at % round.n) << 32;
   const bool drawn = round.temperature > 0 && round.token_noise == nullptr;
   double sum = 0;
   Best best{-static_cast<double>(infinity()), v};
 #pragma unroll 1
   for (int64_t counter = threadIdx.x; counter < (v + kGroup - 1) / kGroup * kCounters;
        counter += kThreads) {
-    PhiloxWords words{};
-    if (drawn) words = philox4x32(seed, static_cast<uint32_t>(counter), position, round.step, 0);
+    philox::Words words{};
+    if (drawn) words = philox::words(seed, round.step, place + static_cast<uint64_t>(counter));
     float partial = 0;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -178,10 +180,10 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(Round round) {
       double noise = 0;
       if (drawn) {
         // -log(r) bounds the noise from above; in float32, with something to spare.
-        const float bound = -logf(static_cast<float>(words.word[w]) * 0x1p-32f + 0x1p-34f);
+        const float bound = -logf(static_cast<float>(words.v[w]) * 0x1p-32f + 0x1p-34f);
         const float reach = x + round.temperature * (bound + 1e-3f);
         if (static_cast<double>(reach) + 1e-6 * fabs(best.score) < best.score) continue;
-        noise = gumbel(words.word[w]);
+        noise = gumbel(words.v[w]);
       } else if (round.temperature > 0) {
         noise = round.token_noise[at * v + i];
       }
@@ -213,10 +215,11 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(Round round) {
     if (p >= round.n || round.tokens[base + p] != round.mask_token) return high;
     double value = static_cast<double>(round.log_probability[base + p]);
     if (round.choice_temperature > 0) {
-      const double noise =
-          round.confidence_noise
-              ? static_cast<double>(round.confidence_noise[base + p])
-              : gumbel(philox4x32(seed, 0, static_cast<uint32_t>(p), round.step, 1).word[0]);
+      const double noise = round.confidence_noise
+                               ? static_cast<double>(round.confidence_noise[base + p])
+                               : gumbel(philox::words(seed, kConfidenceOffset + round.step,
+                                                      static_cast<uint64_t>(p) << 32)
+                                            .v[0]);
       value += static_cast<double>(round.choice_temperature) * noise;
     }
     return isnan(value) ? -high : value;

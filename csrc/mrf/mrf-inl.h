@@ -163,10 +163,10 @@ void spread(const float* scratch, Values before, std::int64_t v, float share, fl
       store(wide + a, value);
     } else {
       // Rounded to the nearest, of two to the even one; these are no larger than 1.
-      const I32 word = as_bits(value);
+      const I32 word = as_i32(value);
       const I32 odd = bit_and(shift_right<16>(word), broadcast(std::int32_t{1}));
       const I32 rounded = add(add(word, odd), broadcast(std::int32_t{0x7fff}));
-      store_words(reinterpret_cast<std::int16_t*>(narrow + a), shift_right<16>(rounded));
+      store_high_words(narrow + a, rounded);
     }
   }
   for (; a < v; ++a) {
