@@ -24,9 +24,9 @@ std::uint64_t saved_register_files() {
 
 Isa detect() {
   constexpr std::uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;  // leaf 1, ecx
-  constexpr std::uint32_t kAvx2 = 1u << 5;                                      // leaf 7, ebx
-  constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-  constexpr std::uint32_t kVnni = 1u << 11;                                     // leaf 7, ecx
+  constexpr std::uint32_t kAvx2 = 1u << 5;                                         // leaf 7, ebx
+  constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;     // F, DQ, BW, VL
+  constexpr std::uint32_t kVnni = 1u << 11;                                        // leaf 7, ecx
   constexpr std::uint64_t kYmmSaved = 0x6, kZmmSaved = 0xe6;
 
   std::uint32_t eax, ebx, ecx, edx;

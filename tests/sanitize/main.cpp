@@ -17,6 +17,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "masked_sampling/masked_sampling.h"
+#include "mrf/mrf.h"
 #include "vq/vq.h"
 
 namespace {
@@ -142,6 +143,68 @@ void masked_sampling(std::int64_t n, std::int64_t v, bool guided, std::int64_t t
   }
 }
 
+// A ring of n positions, of which the first is known in the second of two pictures.
+void mrf(std::int64_t n, std::int64_t v, float temperature) {
+  using t2p::mrf::Format;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const std::int64_t r = 2 * n - 1;
+  std::vector<float> unary(2 * n * v), w_c(v * v), weight(2 * n, 0.5f), q(r * v), next(r * v);
+  for (float& value : unary) value = normal(random);
+  for (std::int64_t a = 0; a < v; ++a) w_c[a * v + a] = 1;
+  std::vector<std::uint16_t> narrow(r * v);
+  std::vector<std::int64_t> begin(n + 1), node(2 * n), reverse(2 * n), order(n), slot(2 * n),
+      row(r), known(2 * n, -1), labels(2 * n);
+  for (std::int64_t i = 0; i < n; ++i) {
+    begin[i + 1] = 2 * i + 2;
+    node[2 * i] = (i + 1) % n;
+    node[2 * i + 1] = (i + n - 1) % n;
+    reverse[2 * i] = 2 * ((i + 1) % n) + 1;
+    reverse[2 * i + 1] = 2 * ((i + n - 1) % n);
+    order[i] = i;
+  }
+  for (std::int64_t p = 0; p < 2 * n; ++p) {
+    slot[p] = p == n ? -1 - (v - 1) : p - (p > n);
+    if (p != n) row[slot[p]] = p;
+  }
+  const t2p::mrf::Edges edges{begin.data(), node.data(), weight.data()};
+  const t2p::mrf::Positions positions{slot.data(), row.data(), n, r};
+  std::vector<float> messages(4 * n * v), sent(4 * n * v), beliefs(2 * n * v), first;
+  const std::vector<std::int64_t> factor_of(2 * n);
+  for (int threads : {1, 2, 5}) {
+    const t2p::mrf::Values from{q.data(), Format::kF32}, none{nullptr, Format::kF32};
+    t2p::mrf::update_cpu(none, unary.data(), none, r, v, 1, 0, 1, threads,
+                         {q.data(), Format::kF32});
+    t2p::mrf::update_cpu(from, unary.data(), from, r, v, 1, 0.5f, temperature + 1, threads,
+                         {narrow.data(), Format::kBf16});
+    t2p::mrf::message_cpu(edges, positions, {narrow.data(), Format::kBf16}, v, threads,
+                          {next.data(), Format::kF32});
+    t2p::mrf::local_step_cpu(edges, positions, from, unary.data(), v, 1, 0.5f, 1, threads,
+                             {next.data(), Format::kF32});
+    if (threads == 1) first = next;
+    require(first == next, "the same probabilities for any number of threads");
+    for (const bool known_factors : {false, true}) {
+      const t2p::mrf::BeliefStep step{.unary = unary.data(),
+                                      .w_c = w_c.data(),
+                                      .reverse = reverse.data(),
+                                      .order = order.data(),
+                                      .factors = known_factors ? w_c.data() : nullptr,
+                                      .factor_of = factor_of.data(),
+                                      .b = 2,
+                                      .n = n,
+                                      .v = v,
+                                      .e = 2 * n,
+                                      .count = n,
+                                      .damping = 0.5f,
+                                      .temperature = temperature};
+      t2p::mrf::belief_step_cpu(edges, step, messages.data(), threads, sent.data());
+      t2p::mrf::beliefs_cpu(edges, step, sent.data(), threads, beliefs.data());
+    }
+    t2p::mrf::icm_cpu(edges, unary.data(), w_c.data(), known.data(), 2, n, v, 9, threads,
+                      labels.data());
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -164,6 +227,11 @@ int main() {
     masked_sampling(1, 1, guided, 0);
     masked_sampling(17, 65, guided, 7);
     masked_sampling(70, 1030, guided, 0);
+  }
+  for (float temperature : {0.0f, 1.0f}) {
+    mrf(3, 1, temperature);
+    mrf(17, 65, temperature);
+    mrf(5, 259, temperature);
   }
   std::printf("ok on %s\n", t2p::isa_name(t2p::chosen_isa()));
 }
