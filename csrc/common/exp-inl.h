@@ -6,22 +6,30 @@
 
 namespace t2p::simd::T2P_ISA_NAMESPACE {
 
+// a * b + c, rounded after the product unless `fused`.
+template <bool fused>
+T2P_INLINE F32 product_sum(F32 a, F32 b, F32 c) {
+  return fused ? multiply_add(a, b, c) : add(mul(a, b), c);
+}
+
 // e^a for a <= 0 with a relative error below 1.4e-7 (2^-22.7, over all floats down to -87); 0 below
-// -87, NaN for NaN. No product is fused with a sum, so the bits are the same on every instruction
-// set. e^a = 2^n e^r with |r| <= ln(2) / 2, and e^r = 1 + r + r^2 q(r) with a minimax polynomial q.
+// -87, NaN for NaN. e^a = 2^n e^r with |r| <= ln(2) / 2, and e^r = 1 + r + r^2 q(r) with a minimax
+// polynomial q. Unless `fused` no product is fused with a sum, and the bits are the same on every
+// instruction set.
+template <bool fused = false>
 T2P_INLINE F32 exp_nonpositive(F32 a) {
-  const F32 shifted = add(mul(a, broadcast(1.44269504f)), broadcast(12582912.0f));  // 1.5 * 2^23
-  const F32 n = sub(shifted, broadcast(12582912.0f));
+  const F32 magic = broadcast(12582912.0f);  // 1.5 * 2^23: the sum's low bits are n
+  const F32 shifted = product_sum<fused>(a, broadcast(1.44269504f), magic);
+  const F32 n = sub(shifted, magic);
   // ln(2) in two parts, the first short enough for n times it to be exact.
-  F32 r = sub(a, mul(n, broadcast(0.693359375f)));
-  r = sub(r, mul(n, broadcast(-2.12194440e-4f)));
+  F32 r = product_sum<fused>(n, broadcast(-0.693359375f), a);
+  r = product_sum<fused>(n, broadcast(2.12194440e-4f), r);
   F32 q = broadcast(1.3814539e-3f);
-  q = add(mul(q, r), broadcast(8.3687454e-3f));
-  q = add(mul(q, r), broadcast(4.1668389e-2f));
-  q = add(mul(q, r), broadcast(1.66665211e-1f));
-  q = add(mul(q, r), broadcast(4.9999994e-1f));
-  const F32 e = add(add(mul(mul(r, r), q), r), broadcast(1.0f));
-  // The low bits of `shifted` are n: they go to the exponent.
+  q = product_sum<fused>(q, r, broadcast(8.3687454e-3f));
+  q = product_sum<fused>(q, r, broadcast(4.1668389e-2f));
+  q = product_sum<fused>(q, r, broadcast(1.66665211e-1f));
+  q = product_sum<fused>(q, r, broadcast(4.9999994e-1f));
+  const F32 e = add(product_sum<fused>(mul(r, r), q, r), broadcast(1.0f));
   const F32 power = as_f32(add(as_i32(e), shift_left<23>(as_i32(shifted))));
   return select(less(a, broadcast(-87.0f)), broadcast(0.0f), power);
 }

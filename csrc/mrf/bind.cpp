@@ -56,6 +56,16 @@ Edges edges_of(const char* op, const TensorView& begin, const TensorView& node,
           floats(op, "weight", weight, e)};
 }
 
+Positions positions_of(const char* op, const TensorView& begin, const TensorView& slot,
+                       const TensorView& row) {
+  const std::int64_t n = begin.count() - 1;
+  return {.slot = integers(op, "slot", slot, slot.count()),
+          .row = integers(op, "row", row, row.count()),
+          .b = n > 0 ? slot.count() / n : 0,
+          .n = n,
+          .r = row.count()};
+}
+
 std::int64_t update(const Optional& message, const TensorView& unary, const Optional& previous,
                     double scale, double damping, double temperature, const TensorView& next,
                     int threads) {
@@ -83,8 +93,7 @@ void message(const TensorView& begin, const TensorView& node, const TensorView& 
   constexpr const char* kOp = "mrf_mean_field";
   const std::int64_t r = row.count(), v = q.size(1);
   const Edges edges = edges_of(kOp, begin, node, weight);
-  const Positions positions{integers(kOp, "slot", slot, slot.count()), integers(kOp, "row", row, r),
-                            begin.count() - 1, r};
+  const Positions positions = positions_of(kOp, begin, slot, row);
   const Values from = values_or_null(kOp, "q", q, r * v);
   const MutableValues out = values(kOp, "message", to, r * v);
   if (q.on_cuda()) {
@@ -102,8 +111,7 @@ void local_step(const TensorView& begin, const TensorView& node, const TensorVie
   constexpr const char* kOp = "mrf_mean_field";
   const std::int64_t r = row.count(), v = q.size(1);
   const Edges edges = edges_of(kOp, begin, node, weight);
-  const Positions positions{integers(kOp, "slot", slot, slot.count()), integers(kOp, "row", row, r),
-                            begin.count() - 1, r};
+  const Positions positions = positions_of(kOp, begin, slot, row);
   const Values from = values_or_null(kOp, "q", q, r * v);
   const float* scores = floats(kOp, "unary", unary, r * v);
   const MutableValues to = values(kOp, "next", next, r * v);

@@ -30,6 +30,12 @@ struct Kernels {
   void (*gather)(const Edges& edges, const Positions& positions, Values q, std::int64_t row,
                  std::int64_t v, float* message);
 
+  // The same for all rows of a picture and `strip` labels; `columns` has n strips of floats.
+  std::int64_t strip;
+  void (*gather_strip)(const Edges& edges, const Positions& positions, Values q,
+                       std::int64_t picture, std::int64_t v, std::int64_t number, float* columns,
+                       MutableValues message);
+
   // v floats, rounded to the format.
   void (*put_row)(const float* from, std::int64_t v, MutableValues to);
 

@@ -98,6 +98,61 @@ void gather(const Edges& edges, const Positions& positions, Values q, std::int64
                            : gather_rows<Format::kBf16>(edges, positions, q, row, v, message);
 }
 
+// message_cpu for the labels [first, first + kStrip) of one picture. Its q is first copied side by
+// side, so that neighbouring positions lie beside each other in the nearest cache instead of at
+// strides that share a few of its places; known labels become numbers like all others.
+template <Format format>
+void gather_columns(const Edges& edges, const Positions& positions, Values values,
+                    std::int64_t picture, std::int64_t v, std::int64_t first, float* columns,
+                    MutableValues message) {
+  const Row<format> q(values);
+  const std::int64_t base = picture * positions.n;
+  const int count = static_cast<int>(v - first < kStrip ? v - first : kStrip);
+  for (std::int64_t i = 0; i < positions.n; ++i) {
+    const std::int64_t slot = positions.slot[base + i];
+    float* to = columns + i * kStrip;
+    if (slot >= 0 && count == kStrip) {
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        store(to + p * kLanes, q.vector(slot * v + first + p * kLanes));
+      }
+    } else {
+      for (int a = 0; a < kStrip; ++a) {
+        to[a] = slot < 0    ? (-1 - slot == first + a ? 1.0f : 0.0f)
+                : a < count ? q[slot * v + first + a]
+                            : 0.0f;
+      }
+    }
+  }
+  float sums[kStrip];
+  for (std::int64_t i = 0; i < positions.n; ++i) {
+    const std::int64_t slot = positions.slot[base + i];
+    if (slot < 0) continue;
+    F32 sum[4];
+#pragma GCC unroll 4
+    for (F32& part : sum) part = broadcast(0.0f);
+    for (std::int64_t e = edges.begin[i]; e < edges.begin[i + 1]; ++e) {
+      const float* from = columns + edges.node[e] * kStrip;
+      const F32 weight = broadcast(edges.weight[e]);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) sum[p] = multiply_add(weight, load(from + p * kLanes), sum[p]);
+    }
+    const bool direct = message.format == Format::kF32 && count == kStrip;
+    float* to = direct ? static_cast<float*>(message.data) + slot * v + first : sums;
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) store(to + p * kLanes, sum[p]);
+    if (!direct) put_row(sums, count, from(message, slot * v + first));
+  }
+}
+
+void gather_strip(const Edges& edges, const Positions& positions, Values q, std::int64_t picture,
+                  std::int64_t v, std::int64_t strip, float* columns, MutableValues message) {
+  const std::int64_t first = strip * kStrip;
+  q.format == Format::kF32
+      ? gather_columns<Format::kF32>(edges, positions, q, picture, v, first, columns, message)
+      : gather_columns<Format::kBf16>(edges, positions, q, picture, v, first, columns, message);
+}
+
 // (scale message + unary) / temperature into scratch, filled up with -inf to a whole vector.
 // Returns its maximum, or NaN if there is a NaN or +inf.
 template <Format format>
@@ -138,7 +193,7 @@ double exponentials_of(float* scratch, std::int64_t v, float largest) {
   for (std::int64_t begin = 0; begin < v; begin += kBlock) {
     F32 sum = broadcast(0.0f);
     for (std::int64_t a = begin; a < v && a < begin + kBlock; a += kLanes) {
-      const F32 e = exp_nonpositive(sub(load(scratch + a), offset));
+      const F32 e = exp_nonpositive<true>(sub(load(scratch + a), offset));
       store(scratch + a, e);
       sum = add(sum, e);
     }
@@ -195,6 +250,8 @@ bool update_row(Values message, const float* unary, Values previous, std::int64_
 
 const Kernels kKernels{.update_row = update_row,
                        .gather = gather,
+                       .strip = kStrip,
+                       .gather_strip = gather_strip,
                        .put_row = put_row,
                        .send = send,
                        .accumulate = accumulate};

@@ -32,6 +32,22 @@ void for_each_row(int threads, std::int64_t r, std::int64_t v, const Body& body)
   });
 }
 
+// Strips of labels pay where there are several for each thread.
+bool by_strips(const Kernels& kernels, const Positions& positions, std::int64_t v, int threads) {
+  return positions.b * v >= 2 * threads * kernels.strip;
+}
+
+void message_by_strips(const Kernels& kernels, const Edges& edges, const Positions& positions,
+                       Values q, std::int64_t v, int threads, MutableValues message) {
+  const std::int64_t strips = (v + kernels.strip - 1) / kernels.strip;
+  parallel_for(threads, positions.b * strips, [&](std::int64_t task) {
+    thread_local Buffer<float> columns;
+    columns.reserve(positions.n * kernels.strip);
+    kernels.gather_strip(edges, positions, q, task / strips, v, task % strips, columns.data(),
+                         message);
+  });
+}
+
 }  // namespace
 
 std::int64_t update_cpu(Values message, const float* unary, Values previous, std::int64_t r,
@@ -55,6 +71,9 @@ std::int64_t update_cpu(Values message, const float* unary, Values previous, std
 void message_cpu(const Edges& edges, const Positions& positions, Values q, std::int64_t v,
                  int threads, MutableValues message) {
   const Kernels& kernels = T2P_DISPATCH(kKernels);
+  if (by_strips(kernels, positions, v, threads)) {
+    return message_by_strips(kernels, edges, positions, q, v, threads, message);
+  }
   for_each_row(threads, positions.r, v, [&](std::int64_t row, float* scratch) {
     kernels.gather(edges, positions, q, row, v, scratch);
     kernels.put_row(scratch, v, from(message, row * v));
@@ -66,10 +85,14 @@ void local_step_cpu(const Edges& edges, const Positions& positions, Values q, co
                     MutableValues next) {
   const Kernels& kernels = T2P_DISPATCH(kKernels);
   const Values previous = damping != 0 ? q : Values{nullptr, q.format};
+  const bool strips = next.format == Format::kF32 && by_strips(kernels, positions, v, threads);
+  if (strips) message_by_strips(kernels, edges, positions, q, v, threads, next);
   for_each_row(threads, positions.r, v, [&](std::int64_t row, float* scratch) {
-    kernels.gather(edges, positions, q, row, v, scratch);
     const std::int64_t at = row * v;
-    kernels.update_row({scratch, Format::kF32}, unary + at, from(previous, at), v, scale, damping,
+    // A row's message has been read in full before its place is written to.
+    const float* message = strips ? static_cast<const float*>(next.data) + at : scratch;
+    if (!strips) kernels.gather(edges, positions, q, row, v, scratch);
+    kernels.update_row({message, Format::kF32}, unary + at, from(previous, at), v, scale, damping,
                        temperature, scratch + v + kMostLanes, from(next, at));
   });
 }

@@ -38,7 +38,7 @@ struct Edges {
 struct Positions {
   const std::int64_t* slot;  // [b n]
   const std::int64_t* row;   // [r], the position of every row
-  std::int64_t n, r;
+  std::int64_t b, n, r;
 };
 
 // The last lines of Algorithm 1 for r rows, in one pass:

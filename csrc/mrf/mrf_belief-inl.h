@@ -55,7 +55,7 @@ T2P_INLINE void message_strip(const float* h, const float* w_c, float weight, fl
 #pragma GCC unroll 4
       for (int p = 0; p < kVectors; ++p) {
         const F32 x = sub(multiply_add(weights, pair(a, p), score), most[p]);
-        sum[p] = add(sum[p], exp_nonpositive(mul(x, inverse)));
+        sum[p] = add(sum[p], exp_nonpositive<true>(mul(x, inverse)));
       }
     }
     for (int p = 0; p < kVectors; ++p) {
@@ -99,7 +99,7 @@ T2P_INLINE void exponentials(const float* h, float temperature, std::int64_t v, 
   for (std::int64_t a = 0; a < v; ++a) most = h[a] > most ? h[a] : most;
   const F32 offset = broadcast(most), inverse = broadcast(1.0f / temperature);
   for (std::int64_t a = 0; a < v; a += kLanes) {  // the buffers end in a spare vector
-    store(p + a, exp_nonpositive(mul(sub(load(h + a), offset), inverse)));
+    store(p + a, exp_nonpositive<true>(mul(sub(load(h + a), offset), inverse)));
   }
 }
 

@@ -168,7 +168,7 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
     if (p != n) row[slot[p]] = p;
   }
   const t2p::mrf::Edges edges{begin.data(), node.data(), weight.data()};
-  const t2p::mrf::Positions positions{slot.data(), row.data(), n, r};
+  const t2p::mrf::Positions positions{slot.data(), row.data(), 2, n, r};
   std::vector<float> messages(4 * n * v), sent(4 * n * v), beliefs(2 * n * v), first;
   const std::vector<std::int64_t> factor_of(2 * n);
   for (int threads : {1, 2, 5}) {
