@@ -51,11 +51,15 @@ void sample(const TensorView& logits, const std::optional<TensorView>& uncond,
             const TensorView& seeds, const std::optional<TensorView>& token_noise,
             const std::optional<TensorView>& confidence_noise, std::int64_t mask_token,
             double guidance, double temperature, double choice_temperature, double log_min_p,
-            std::int64_t top_k, std::int64_t step, const TensorView& next_tokens,
+            std::int64_t top_k, std::int64_t step, bool transposed, const TensorView& next_tokens,
             const TensorView& sampled, const TensorView& log_probability, int threads) {
-  T2P_CHECK(logits.ndim() == 3 && logits.size(2) > 0, kOp, ": logits must be [b, n, v >= 1], got ",
+  T2P_CHECK(logits.ndim() == 3 && logits.size(transposed ? 1 : 2) > 0, kOp,
+            ": logits must be [b, n, v >= 1], or [b, v, n] if transposed, got ",
             logits.shape_text());
-  const std::int64_t b = logits.size(0), n = logits.size(1), v = logits.size(2);
+  T2P_CHECK(!transposed || !logits.on_cuda(), kOp, ": logits are transposed, on ",
+            logits.device_text(), " they must not be");
+  const std::int64_t b = logits.size(0), n = logits.size(transposed ? 2 : 1),
+                     v = logits.size(transposed ? 1 : 2);
   const Format format = format_of(logits);
   check_contiguous(kOp, "logits", logits);
   if (uncond) {
@@ -70,6 +74,7 @@ void sample(const TensorView& logits, const std::optional<TensorView>& uncond,
       .logits = logits.data<void>(),
       .uncond = uncond ? uncond->data<void>() : nullptr,
       .format = format,
+      .transposed = transposed,
       .tokens = integers("tokens", tokens, b * n, logits),
       .mask_count = mask_count ? integers("mask_count", *mask_count, b, logits) : nullptr,
       .seeds = integers("seed", seeds, b, logits),
@@ -102,7 +107,8 @@ void bind(py::module_& m) {
         py::arg("token_noise").none(true), py::arg("confidence_noise").none(true),
         py::arg("mask_token"), py::arg("guidance"), py::arg("temperature"),
         py::arg("choice_temperature"), py::arg("log_min_p"), py::arg("top_k"), py::arg("step"),
-        py::arg("next_tokens"), py::arg("sampled"), py::arg("log_probability"), py::arg("threads"));
+        py::arg("transposed"), py::arg("next_tokens"), py::arg("sampled"),
+        py::arg("log_probability"), py::arg("threads"));
 }
 
 }  // namespace t2p::masked_sampling

@@ -42,14 +42,18 @@ struct Logits<Format::kF16> {
   static T2P_INLINE F32 get(const std::uint16_t* p) { return load_f16(p); }
 };
 
-// Calls body(i, c, u) with the vectors of both rows; the last one is filled up with `fill`.
+constexpr std::uint32_t negative_infinity(Format format) {
+  return format == Format::kF32 ? 0xff800000u : format == Format::kBf16 ? 0xff80u : 0xfc00u;
+}
+
+// Calls body(i, c, u) with the vectors of both rows; the last one is filled up with -inf.
 template <Format format, class Body>
-T2P_INLINE void for_each_vector(const void* conditional, const void* unconditional,
-                                std::int64_t row, std::int64_t v, std::uint32_t fill,
+T2P_INLINE void for_each_vector(const void* conditional, const void* unconditional, std::int64_t v,
                                 const Body& body) {
   using Word = typename Logits<format>::Word;
-  const Word* c = static_cast<const Word*>(conditional) + row * v;
-  const Word* u = unconditional ? static_cast<const Word*>(unconditional) + row * v : c;
+  constexpr std::uint32_t fill = negative_infinity(format);
+  const Word* c = static_cast<const Word*>(conditional);
+  const Word* u = unconditional ? static_cast<const Word*>(unconditional) : c;
   std::int64_t i = 0;
   for (; i + kLanes <= v; i += kLanes)
     body(i, Logits<format>::get(c + i), Logits<format>::get(u + i));
@@ -67,44 +71,37 @@ T2P_INLINE void for_each_vector(const void* conditional, const void* uncondition
   body(i, Logits<format>::get(c_end), Logits<format>::get(u_end));
 }
 
-constexpr std::uint32_t negative_infinity(Format format) {
-  return format == Format::kF32 ? 0xff800000u : format == Format::kBf16 ? 0xff80u : 0xfc00u;
-}
-
 // x into scratch, filled up with -inf to a whole group. Returns its maximum, or NaN if a logit is
 // NaN or +inf, or x is.
 template <Format format>
-float combine(const Round& round, std::int64_t row, float* scratch) {
-  constexpr std::uint32_t fill = negative_infinity(format);
-  const F32 low = broadcast(-kInfinity);
+float combine(const Round& round, const RowLogits& logits, float* scratch) {
+  const F32 low = broadcast(-kInfinity), high = broadcast(kInfinity);
   F32 limit = low;
   if (round.log_min_p > -kInfinity) {
     F32 most = low;
-    for_each_vector<format>(round.logits, nullptr, row, round.v, fill,
+    for_each_vector<format>(logits.conditional, nullptr, round.v,
                             [&](std::int64_t, F32 c, F32) { most = max(c, most); });
     limit = broadcast(reduce_max(most) + round.log_min_p);
   }
-  const F32 guidance = broadcast(round.guidance), high = broadcast(kInfinity);
-  const bool guided = round.uncond != nullptr;
+  const F32 guidance = broadcast(round.guidance);
   constexpr std::uint32_t kAll = (1u << kLanes) - 1;
   std::uint32_t finite = kAll;
   F32 most = low;
-  const auto pass = [&](std::int64_t i, F32 c, F32 u, bool with_guidance)
-                        __attribute__((always_inline)) {
-                          F32 x = c;
-                          if (with_guidance)
-                            x = select(less(low, c), add(c, mul(guidance, sub(c, u))), c);
-                          x = select(less(c, limit), low, x);
-                          finite &= bits(less(x, high));
-                          most = max(x, most);
-                          store(scratch + i, x);
-                        };
-  if (guided) {
-    for_each_vector<format>(round.logits, round.uncond, row, round.v, fill,
-                            [&](std::int64_t i, F32 c, F32 u) { pass(i, c, u, true); });
+  const auto put = [&](std::int64_t i, F32 c, F32 x) __attribute__((always_inline)) {
+    x = select(less(c, limit), low, x);
+    finite &= bits(less(x, high));
+    most = max(x, most);
+    store(scratch + i, x);
+  };
+  if (logits.unconditional != nullptr) {
+    for_each_vector<format>(logits.conditional, logits.unconditional, round.v,
+                            [&](std::int64_t i, F32 c, F32 u) {
+                              const F32 x = add(c, mul(guidance, sub(c, u)));
+                              put(i, c, select(less(low, c), x, c));
+                            });
   } else {
-    for_each_vector<format>(round.logits, nullptr, row, round.v, fill,
-                            [&](std::int64_t i, F32 c, F32 u) { pass(i, c, u, false); });
+    for_each_vector<format>(logits.conditional, nullptr, round.v,
+                            [&](std::int64_t i, F32 c, F32) { put(i, c, c); });
   }
   std::int64_t end = (round.v + kLanes - 1) / kLanes * kLanes;
   for (; end % kGroup != 0; end += kLanes) store(scratch + end, low);
@@ -219,11 +216,12 @@ T2P_INLINE double sum_and_sample(const Round& round, std::int64_t row, const flo
   return sums.total;
 }
 
-Choice sample_row(const Round& round, std::int64_t row, float* scratch) {
+Choice sample_row(const Round& round, std::int64_t row, const RowLogits& logits, float* scratch) {
   const std::int64_t v = round.v;
-  const float most = round.format == Format::kF32    ? combine<Format::kF32>(round, row, scratch)
-                     : round.format == Format::kBf16 ? combine<Format::kBf16>(round, row, scratch)
-                                                     : combine<Format::kF16>(round, row, scratch);
+  const float most = logits.format == Format::kF32 ? combine<Format::kF32>(round, logits, scratch)
+                     : logits.format == Format::kBf16
+                         ? combine<Format::kBf16>(round, logits, scratch)
+                         : combine<Format::kF16>(round, logits, scratch);
   if (!(most > -kInfinity)) return {0, __builtin_nanf("")};
   if (round.top_k > 0 && round.top_k < v) {
     const float least = kth_largest(scratch, v, round.top_k);

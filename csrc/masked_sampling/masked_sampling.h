@@ -27,10 +27,11 @@ enum class Format { kF32, kBf16, kF16 };
 // A position whose logits hold a NaN or +inf, or nothing but -inf, gets token 0 and log p NaN, and
 // is the least confident. A word with conditional logit -inf is never drawn from others.
 struct Round {
-  const void* logits;              // [b, n, v] conditional
-  const void* uncond;              // [b, n, v], or null: no guidance
-  Format format;                   // of both
-  const std::int64_t* tokens;      // [b, n]
+  const void* logits;          // [b, n, v] conditional
+  const void* uncond;          // [b, n, v], or null: no guidance
+  Format format;               // of both
+  bool transposed;             // whether both are [b, v, n], as an image model has them; CPU only
+  const std::int64_t* tokens;  // [b, n]
   const std::int64_t* mask_count;  // [b], or null: nothing is masked again
   const std::int64_t* seeds;       // [b]
   const float* token_noise;        // [b, n, v] to be used for g, or null

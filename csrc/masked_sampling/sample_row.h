@@ -17,8 +17,15 @@ struct Choice {
   float log_probability;
 };
 
+struct RowLogits {
+  const void* conditional;    // [v]
+  const void* unconditional;  // [v], or null
+  Format format;
+};
+
 // Position `row` = picture * n + position. `scratch` has room for v rounded up to kGroup.
-using SampleRow = Choice (*)(const Round& round, std::int64_t row, float* scratch);
+using SampleRow = Choice (*)(const Round& round, std::int64_t row, const RowLogits& logits,
+                             float* scratch);
 
 namespace scalar {
 extern const SampleRow kSampleRow;

@@ -42,6 +42,7 @@ def masked_sample(
     log_min_p: float,
     top_k: int,
     step: int,
+    transposed: bool,
     next_tokens: Tensor,
     sampled: Tensor,
     log_probability: Tensor,

@@ -344,13 +344,22 @@ def test_distribution_is_that_of_amused_scheduler() -> None:
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
 
 
-def test_layouts(device: torch.device) -> None:
-    logits, uncond, tokens, seeds = (t.to(device) for t in _case(2, 12, 33))
-    plain = masked_sample(logits, tokens, uncond_logits=uncond, guidance=1.0, seed=seeds)
-    image = logits.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "v"), [(12, 33), (35, 70), (16, 16), (0, 5)])
+def test_layouts(dtype: torch.dtype, n: int, v: int, device: torch.device) -> None:
+    """Also ``[b, v, n]``, as an image model has it."""
+    logits, uncond, tokens, seeds = (t.to(device) for t in _case(2, n, v))
+    logits, uncond = logits.to(dtype), uncond.to(dtype)
+    options = {"guidance": 1.0, "seed": seeds, "min_p": 0.01}
+    plain = masked_sample(logits, tokens, uncond_logits=uncond, **options)
+    image, image_uncond = (t.mT.contiguous().mT for t in (logits, uncond))
     spread = torch.stack([tokens, tokens], -1)[..., 0]
-    other = masked_sample(image, spread, uncond_logits=uncond, guidance=1.0, seed=seeds)
-    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    for c, u in ((image, image_uncond), (image, uncond), (logits[:, :, :], image_uncond)):
+        other = masked_sample(c, spread, uncond_logits=u, **options)
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    wide = torch.stack([logits, logits], -1)[..., 0]
+    other = masked_sample(wide, tokens, uncond_logits=uncond, **options)
+    assert torch.equal(other.sampled, plain.sampled)
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -119,6 +119,7 @@ void masked_sampling(std::int64_t n, std::int64_t v, bool guided, std::int64_t t
     t2p::masked_sampling::sample_cpu({.logits = logits.data(),
                                       .uncond = guided ? logits.data() : nullptr,
                                       .format = t2p::masked_sampling::Format::kF32,
+                                      .transposed = top_k == 0,
                                       .tokens = tokens.data(),
                                       .mask_count = count,
                                       .seeds = seeds,

@@ -53,6 +53,10 @@ def _sample(
     top_k: int,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # The logits of an image model, [b, v, h, w], are read where they lie.
+    transposed = _is_transposed(logits) and (uncond is None or _is_transposed(uncond))
+    if transposed:
+        logits, uncond = logits.mT, None if uncond is None else uncond.mT
     results = torch.empty_like(tokens), torch.empty_like(tokens), _log_probability_like(tokens)
     _C.masked_sample(
         logits.contiguous(),
@@ -69,10 +73,15 @@ def _sample(
         math.log(min_p) if min_p > 0 else -math.inf,
         top_k,
         step,
+        transposed,
         *results,
         torch.get_num_threads(),
     )
     return results
+
+
+def _is_transposed(logits: Tensor) -> bool:
+    return not logits.is_cuda and not logits.is_contiguous() and logits.mT.is_contiguous()
 
 
 def _ready(tensor: Tensor | None) -> Tensor | None:
