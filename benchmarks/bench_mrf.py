@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mrf against eager torch in float32 and bfloat16, depthwise convolution, and pydensecrf."""
+"""mrf against eager torch in float32 and bfloat16, and against depthwise convolution."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +119,7 @@ def _gate_dense(inputs: Inputs, result: Any, ours: bool) -> None:  # noqa: ARG00
     truth = inputs["truth"]
     error = float((result.to(truth.dtype) - truth).abs().max())
     agreement = float((result.argmax(-1) == truth.argmax(-1)).float().mean())
-    if not error <= 2e-2 or agreement < 0.99:
+    if not error <= 2e-2 or agreement < 0.995:
         raise GateError(f"q is off by {error:.2g}, {agreement:.2%} of the labels agree")
 
 
@@ -173,26 +173,13 @@ def _torch_convolution(inputs: Inputs) -> Call:
     return call
 
 
-def _pydensecrf(inputs: Inputs) -> Call:
-    """Its own Gaussian, not cut off at a window: other probabilities, about the same work."""
-    import numpy
-    from pydensecrf.densecrf import DenseCRF2D
-
-    (_, h, w), v = inputs["w_s"], inputs["unary"].shape[2]
-    crf = DenseCRF2D(w, h, v)
-    crf.setUnaryEnergy(numpy.ascontiguousarray(-inputs["unary"][0].T.numpy()))
-    crf.addPairwiseGaussian(sxy=1.5, compat=1.0)
-    return lambda: torch.from_numpy(numpy.array(crf.inference(_ITERATIONS))).T[None]
-
-
-def _gate_local(inputs: Inputs, result: Any, ours: bool) -> None:
-    """The convolution in float64; or, for pydensecrf, that it is probabilities at all."""
+def _gate_local(inputs: Inputs, result: Any, ours: bool) -> None:  # noqa: ARG001
+    """The convolution in float64."""
     table, h, w = inputs["w_s"]
     double = {"unary": inputs["unary"].double(), "w_s": GridWeights(table.double(), h, w)}
     error = float((result - _torch_convolution(double)()).abs().max())
-    total = float((result.sum(-1) - 1).abs().max())
-    if not total < 1e-3 or (ours and not error <= 2e-5):
-        raise GateError(f"q is off by {error:.2g}, its sums by {total:.2g}")
+    if not error <= 2e-5:
+        raise GateError(f"q is off by {error:.2g}")
 
 
 # belief propagation and iterated conditional modes ------------------------------------------------
@@ -346,7 +333,6 @@ BENCHMARK = Benchmark(
             providers=(
                 Provider("t2p_fast", _ours("w_c"), ours=True),
                 Provider("torch conv2d", _torch_convolution),
-                Provider("pydensecrf", _pydensecrf, module="pydensecrf", devices=("cpu",)),
             ),
             inputs=_local_inputs,
             gate=_gate_local,
