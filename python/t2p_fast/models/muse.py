@@ -333,11 +333,10 @@ class Muse(PretrainedModel):
         masked_at_start = (known == mask_token).sum(1)
         seeds = draw_seeds(b, generators).to(tokens.device)
         for step in range(steps):
-            unconditional = None
-            if guidance != 0:
-                conditional, unconditional = self(tokens.repeat(2, 1), both, tables).chunk(2)
-            else:
-                conditional = self(tokens, both, tables)
+            logits = self(tokens.repeat(2, 1) if guidance != 0 else tokens, both, tables)
+            if logits.dtype == torch.float64:
+                logits = logits.float()
+            conditional, unconditional = logits.chunk(2) if guidance != 0 else (logits, None)
             last = step + 1 == steps
             unknown = (tokens == mask_token).sum(1)
             tokens = masked_sample(

@@ -41,16 +41,18 @@ class _Pictures:
         self.b, self.n, self.v = unary.shape
         everywhere = torch.arange(self.b * self.n, device=unary.device)
         scores = unary.float().contiguous().view(-1, self.v)
-        self.known = known
         if known is None:
+            self.known = None
             self.slot = self.row = everywhere
             self.unary = scores
             return
-        flat = known.flatten()
-        if not known.is_cuda and len(flat) and int(flat.max()) >= self.v:
+        if not known.is_cuda and known.numel() and int(known.max()) >= self.v:
             raise ValueError(
-                f"mrf_mean_field: known holds label {int(flat.max())}, expected less than {self.v}"
+                f"mrf_mean_field: known holds label {int(known.max())}, expected less than {self.v}"
             )
+        # On CUDA, where finding out would mean to wait, an index out of range must still not be.
+        self.known = known = known.clamp_max(self.v - 1)
+        flat = known.flatten()
         self.row = (flat < 0).nonzero()[:, 0]
         self.slot = torch.where(flat < 0, (flat < 0).cumsum(0) - 1, -1 - flat)
         self.unary = scores[self.row]
