@@ -104,6 +104,7 @@ def test_given_noise_is_used(v: int, device: torch.device) -> None:
     assert torch.equal(given_noise.tokens, truth.tokens)
 
 
+@pytest.mark.not_emulated(reason="forty thousand draws")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("by_step", [False, True])
 def test_tokens_follow_the_softmax(temperature: float, by_step: bool, device: torch.device) -> None:
@@ -129,6 +130,7 @@ def test_tokens_follow_the_softmax(temperature: float, by_step: bool, device: to
     torch.testing.assert_close(drawn[0].log_probability, logits.log_softmax(0)[drawn[0].sampled])
 
 
+@pytest.mark.not_emulated(reason="six million words")
 def test_words_of_a_position_do_not_hang_together(device: torch.device) -> None:
     """Over a vocabulary of some groups every word comes up as often, also in pairs of positions."""
     v, n = 150, 40_000
@@ -140,6 +142,7 @@ def test_words_of_a_position_do_not_hang_together(device: torch.device) -> None:
     assert float(((pairs - n / 200) ** 2 / (n / 200)).sum()) < 149  # 99.9 %, 99 degrees
 
 
+@pytest.mark.not_emulated(reason="up to 4096 positions in 12 rounds")
 @pytest.mark.parametrize(
     ("n", "counts"),
     [
@@ -260,6 +263,7 @@ def test_positions_not_finite(bad: float | str, device: torch.device) -> None:
     assert torch.equal(plain.sampled[0, others], clean.sampled[0, others])
 
 
+@pytest.mark.not_emulated(reason="four thousand positions")
 def test_forbidden_words_are_never_drawn(device: torch.device) -> None:
     logits, uncond, _, _ = (t.to(device) for t in _case(1, 4000, 9))
     logits[..., ::2] = -math.inf
@@ -270,6 +274,7 @@ def test_forbidden_words_are_never_drawn(device: torch.device) -> None:
     assert drawn.log_probability.isfinite().all()
 
 
+@pytest.mark.not_emulated(reason="two thousand positions")
 def test_large_logits_and_the_end_of_the_noise(device: torch.device) -> None:
     """A word further behind than the largest noise, 22.9, never wins; ties go to the first."""
     logits = torch.zeros(1, 2000, 3, device=device)
@@ -280,6 +285,7 @@ def test_large_logits_and_the_end_of_the_noise(device: torch.device) -> None:
     assert (masked_sample(logits * 0, masked, seed=0, temperature=0.0).sampled == 0).all()
 
 
+@pytest.mark.not_emulated(reason="five thousand positions")
 def test_min_p_and_top_k_take_words_out(device: torch.device) -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, 1.0], device=device).expand(1, 5000, 5).contiguous()
     masked = torch.full((1, 5000), 5, device=device)
