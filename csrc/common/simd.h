@@ -17,6 +17,9 @@
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
+// multiply_wide multiplies unsigned numbers and gives the low and the high half of the products;
+// shift_right fills with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits.
+//
 // min and max give `b` where either operand is a NaN.
 //
 // The scalar form is four lanes of compiler vectors, which any processor's baseline (SSE2, NEON)
