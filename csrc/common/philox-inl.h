@@ -9,22 +9,31 @@
 
 namespace t2p::simd::T2P_ISA_NAMESPACE {
 
-// The words of kLanes counters, each given by its four words, a lane each.
-T2P_INLINE void philox_words(I32 (&w)[4], std::uint64_t seed) {
+// The words of the counters in the even lanes, a vector for each word of the counter. What the odd
+// lanes hold does not matter.
+T2P_INLINE void philox_even(I32 (&w)[4], std::uint64_t seed) {
   auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
   for (int round = 0; round < philox::kRounds; ++round) {
-    I32 high0, high1;
-    const I32 low0 = multiply_wide(w[0], philox::kMultiplier0, high0);
-    const I32 low1 = multiply_wide(w[2], philox::kMultiplier1, high1);
+    const I32 product0 = multiply_even(w[0], philox::kMultiplier0);
+    const I32 product1 = multiply_even(w[2], philox::kMultiplier1);
     const I32 k0 = broadcast(static_cast<std::int32_t>(key0));
     const I32 k1 = broadcast(static_cast<std::int32_t>(key1));
-    w[0] = bit_xor(bit_xor(high1, w[1]), k0);
-    w[1] = low1;
-    w[2] = bit_xor(bit_xor(high0, w[3]), k1);
-    w[3] = low0;
+    w[0] = bit_xor(bit_xor(odd_to_even(product1), w[1]), k0);
+    w[1] = product1;
+    w[2] = bit_xor(bit_xor(odd_to_even(product0), w[3]), k1);
+    w[3] = product0;
     key0 += philox::kWeyl0;
     key1 += philox::kWeyl1;
   }
+}
+
+// The words of kLanes counters, a lane each.
+T2P_INLINE void philox_words(I32 (&w)[4], std::uint64_t seed) {
+  I32 odd[4];
+  for (int i = 0; i < 4; ++i) odd[i] = odd_to_even(w[i]);
+  philox_even(w, seed);
+  philox_even(odd, seed);
+  for (int i = 0; i < 4; ++i) w[i] = interleave_even(w[i], odd[i]);
 }
 
 T2P_INLINE F32 uniform(I32 word) {
@@ -37,8 +46,8 @@ T2P_INLINE F32 log_of_uniform(F32 u) {
   const I32 exponent = shift_right_signed<23>(add(bits, broadcast(-philox::kSqrtHalfBits)));
   const F32 f = add(as_f32(sub(bits, shift_left<23>(exponent))), broadcast(-1.0f));
   const F32 square = mul(f, f);
-  F32 p = broadcast(philox::kLog[7]);
-  for (int i = 6; i >= 0; --i) p = add(mul(p, f), broadcast(philox::kLog[i]));
+  F32 p = broadcast(philox::kLog[6]);
+  for (int i = 5; i >= 0; --i) p = add(mul(p, f), broadcast(philox::kLog[i]));
   const F32 log1p = add(add(f, mul(broadcast(-0.5f), square)), mul(mul(square, f), p));
   return add(mul(to_f32(exponent), broadcast(philox::kLn2)), log1p);
 }

@@ -24,9 +24,9 @@ constexpr std::uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr std::uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
 // log(1 + f) = f - f^2 / 2 + f^3 P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], and for |t| <= pi / 4
-// sin t = t + t^3 S(t^2), cos t = 1 - t^2 / 2 + t^4 C(t^2); fitted in Chebyshev nodes, to 2e-7.
-constexpr float kLog[8] = {0.333333284f, -0.25000298f,  0.200014681f, -0.166422471f,
-                           0.142021745f, -0.129722387f, 0.127123073f, -0.0810155869f};
+// sin t = t + t^3 S(t^2), cos t = 1 - t^2 / 2 + t^4 C(t^2); fitted in Chebyshev nodes, to 3e-7.
+constexpr float kLog[7] = {0.333334088f, -0.250009209f, 0.199851274f, -0.165928558f,
+                           0.146763965f, -0.141184255f, 0.0927221403f};
 constexpr float kSin[3] = {-0.166666642f, 0.0083327489f, -0.000195879504f};
 constexpr float kCos[3] = {0.0416666642f, -0.00138883037f, 2.45479914e-05f};
 constexpr float kLn2 = 0.693147182f, kHalfPiPer2To30 = 1.46291807926715969e-9f;
@@ -93,8 +93,8 @@ T2P_HOST_DEVICE float uniform(std::uint32_t word) {
 T2P_HOST_DEVICE float log_of_uniform(float u) {
   const std::int32_t bits = bits_of(u), exponent = (bits - kSqrtHalfBits) >> 23;
   const float f = add(float_of(bits - (exponent << 23)), -1.0f), square = multiply(f, f);
-  float p = kLog[7];
-  for (int i = 6; i >= 0; --i) p = add(multiply(p, f), kLog[i]);
+  float p = kLog[6];
+  for (int i = 5; i >= 0; --i) p = add(multiply(p, f), kLog[i]);
   const float log1p = add(add(f, multiply(-0.5f, square)), multiply(multiply(square, f), p));
   return add(multiply(static_cast<float>(exponent), kLn2), log1p);
 }

@@ -210,12 +210,12 @@ T2P_INLINE F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 T2P_INLINE M32 negative(I32 a) { return {_mm256_castsi256_ps(_mm256_srai_epi32(a.v, 31))}; }
 T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
 T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
-T2P_INLINE I32 multiply_wide(I32 a, std::uint32_t b, I32& high) {
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_mul_epu32(a.v, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
-  high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)};
-  return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm256_mul_epu32(a.v, _mm256_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xAA)};
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

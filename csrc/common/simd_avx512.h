@@ -203,12 +203,12 @@ T2P_INLINE F32 as_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 T2P_INLINE M32 negative(I32 a) { return {_mm512_movepi32_mask(a.v)}; }
 T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
-T2P_INLINE I32 multiply_wide(I32 a, std::uint32_t b, I32& high) {
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32(a.v, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
-  high = {_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd)};
-  return {_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32))};
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm512_mul_epu32(a.v, _mm512_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm512_mask_mov_epi32(a.v, 0xAAAA, _mm512_slli_epi64(b.v, 32))};
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -193,14 +193,16 @@ T2P_INLINE F32 as_f32(I32 a) { return {(F32::type)a.v}; }
 T2P_INLINE M32 negative(I32 a) { return {a.v < 0}; }
 T2P_INLINE M32 equal(I32 a, I32 b) { return {a.v == b.v}; }
 T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {m.v ? a.v : b.v}; }
-T2P_INLINE I32 multiply_wide(I32 a, std::uint32_t b, I32& high) {
-  I32 low;
-  for (int i = 0; i < kLanes; ++i) {
-    const std::uint64_t product = std::uint64_t{static_cast<std::uint32_t>(a.v[i])} * b;
-    low.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(product));
-    high.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(product >> 32));
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  I32 product;
+  for (int i = 0; i < kLanes; i += 2) {
+    const std::uint64_t wide = std::uint64_t{static_cast<std::uint32_t>(a.v[i])} * b;
+    product.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide));
+    product.v[i + 1] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide >> 32));
   }
-  return low;
+  return product;
 }
+T2P_INLINE I32 odd_to_even(I32 a) { return {I32::type{a.v[1], 0, a.v[3], 0}}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) { return {I32::type{a.v[0], b.v[0], a.v[2], b.v[2]}}; }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -18,11 +18,10 @@ constexpr const char* kOp = "scheduler_step";
 constexpr std::int64_t kMostElements = std::int64_t{1} << 34;
 
 Dtype dtype_of(const char* name, const TensorView& tensor) {
-  const auto text = tensor.dtype_text();
-  if (text == "float32") return Dtype::kFloat32;
-  if (text == "bfloat16") return Dtype::kBfloat16;
-  T2P_CHECK_TYPE(text == "float16", kOp, ": ", name, " must be float32, bfloat16 or float16, got ",
-                 text);
+  if (tensor.is_float32()) return Dtype::kFloat32;
+  if (tensor.is_bfloat16()) return Dtype::kBfloat16;
+  T2P_CHECK_TYPE(tensor.is_float16(), kOp, ": ", name,
+                 " must be float32, bfloat16 or float16, got ", tensor.dtype_text());
   return Dtype::kFloat16;
 }
 

@@ -100,17 +100,21 @@ T2P_INLINE F32 guided(F32 output, F32 uncond, F32 scale) {
   return multiply_add(scale, sub(output, uncond), uncond);
 }
 
+// The scalars of the two combinations, out of reach of what the loop writes.
+struct Weights {
+  F32 x0_sample, x0_output, prev_sample, prev_output, prev_x0, guidance, factor, inverse, limit,
+      least;
+};
+
 template <bool kGuided, bool kBounded, bool kWhole>
-T2P_INLINE void update_vector(const Chunk& k, const Step& step, const SampleState& state,
-                              const float* c, int i) {
+T2P_INLINE void update_vector(const Chunk& k, const Weights& w, int i) {
   const F32 x = get<kWhole>(k.sample, i, k.count);
   F32 m = get<kWhole>(k.output, i, k.count);
   if constexpr (kGuided) {
-    m = guided(m, get<kWhole>(k.uncond, i, k.count), broadcast(step.guidance));
-    m = mul(m, broadcast(state.factor));
+    m = mul(guided(m, get<kWhole>(k.uncond, i, k.count), w.guidance), w.factor);
   }
-  F32 x0 = multiply_add(broadcast(c[kX0Output]), m, mul(broadcast(c[kX0Sample]), x));
-  F32 prev = multiply_add(broadcast(c[kPrevOutput]), m, mul(broadcast(c[kPrevSample]), x));
+  F32 x0 = multiply_add(w.x0_output, m, mul(w.x0_sample, x));
+  F32 prev = multiply_add(w.prev_output, m, mul(w.prev_sample, x));
   for (int a = 0; a < k.addend_count; ++a) {
     const F32 value = get<kWhole>(k.addends[a].data, i, k.count);
     x0 = multiply_add(broadcast(k.addends[a].to_x0), value, x0);
@@ -118,21 +122,29 @@ T2P_INLINE void update_vector(const Chunk& k, const Step& step, const SampleStat
   }
   if constexpr (kBounded) {
     // min and max give their second operand where there is a NaN: it stays one.
-    const F32 limit = broadcast(state.limit), scaled = mul(x0, broadcast(state.inverse));
-    x0 = min(limit, max(broadcast(-state.limit), scaled));
-    prev = multiply_add(broadcast(c[kPrevX0]), x0, prev);
+    x0 = min(w.limit, max(w.least, mul(x0, w.inverse)));
+    prev = multiply_add(w.prev_x0, x0, prev);
   }
   if (k.prev != nullptr) put<kWhole>(k.prev, i, k.count, prev);
   if (k.x0 != nullptr) put<kWhole>(k.x0, i, k.count, x0);
 }
 
 template <bool kGuided, bool kBounded>
-void update_chunk(const Chunk& k, const Step& step, const SampleState& state, const float* c) {
+void update_chunk(const Chunk& chunk, const Step& step, const SampleState& state, const float* c) {
+  const Chunk k = chunk;
+  const Weights w{.x0_sample = broadcast(c[kX0Sample]),
+                  .x0_output = broadcast(c[kX0Output]),
+                  .prev_sample = broadcast(c[kPrevSample]),
+                  .prev_output = broadcast(c[kPrevOutput]),
+                  .prev_x0 = broadcast(c[kPrevX0]),
+                  .guidance = broadcast(step.guidance),
+                  .factor = broadcast(state.factor),
+                  .inverse = broadcast(state.inverse),
+                  .limit = broadcast(state.limit),
+                  .least = broadcast(-state.limit)};
   int i = 0;
-  for (; i + kLanes <= k.count; i += kLanes) {
-    update_vector<kGuided, kBounded, true>(k, step, state, c, i);
-  }
-  if (i < k.count) update_vector<kGuided, kBounded, false>(k, step, state, c, i);
+  for (; i + kLanes <= k.count; i += kLanes) update_vector<kGuided, kBounded, true>(k, w, i);
+  if (i < k.count) update_vector<kGuided, kBounded, false>(k, w, i);
 }
 
 T2P_INLINE const float* row_of(const Step& step, std::int64_t b) {
