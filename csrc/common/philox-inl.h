@@ -41,19 +41,22 @@ T2P_INLINE F32 uniform(I32 word) {
              broadcast(4.656612873077392578125e-10f));
 }
 
+// One step of Horner's scheme, not fused.
+T2P_INLINE F32 horner(F32 sum, F32 x, float next) { return add(mul(sum, x), broadcast(next)); }
+
 T2P_INLINE F32 log_of_uniform(F32 u) {
   const I32 bits = as_i32(u);
   const I32 exponent = shift_right_signed<23>(add(bits, broadcast(-philox::kSqrtHalfBits)));
   const F32 f = add(as_f32(sub(bits, shift_left<23>(exponent))), broadcast(-1.0f));
   const F32 square = mul(f, f);
-  F32 p = broadcast(philox::kLog[6]);
-  for (int i = 5; i >= 0; --i) p = add(mul(p, f), broadcast(philox::kLog[i]));
+  F32 p = horner(broadcast(philox::kLog6), f, philox::kLog5);
+  p = horner(p, f, philox::kLog4);
+  p = horner(p, f, philox::kLog3);
+  p = horner(p, f, philox::kLog2);
+  p = horner(p, f, philox::kLog1);
+  p = horner(p, f, philox::kLog0);
   const F32 log1p = add(add(f, mul(broadcast(-0.5f), square)), mul(mul(square, f), p));
   return add(mul(to_f32(exponent), broadcast(philox::kLn2)), log1p);
-}
-
-T2P_INLINE F32 polynomial(const float (&p)[3], F32 x) {
-  return add(mul(add(mul(broadcast(p[2]), x), broadcast(p[1])), x), broadcast(p[0]));
 }
 
 T2P_INLINE void normal_pair(I32 radius_word, I32 angle_word, F32& a, F32& b) {
@@ -61,9 +64,13 @@ T2P_INLINE void normal_pair(I32 radius_word, I32 angle_word, F32& a, F32& b) {
   const I32 within =
       add(bit_and(angle_word, broadcast(std::int32_t{0x3FFFFFFF})), broadcast(-0x20000000));
   const F32 t = mul(to_f32(within), broadcast(philox::kHalfPiPer2To30)), square = mul(t, t);
-  const F32 sine = add(t, mul(mul(square, t), polynomial(philox::kSin, square)));
+  const F32 sine_rest =
+      horner(horner(broadcast(philox::kSin2), square, philox::kSin1), square, philox::kSin0);
+  const F32 cosine_rest =
+      horner(horner(broadcast(philox::kCos2), square, philox::kCos1), square, philox::kCos0);
+  const F32 sine = add(t, mul(mul(square, t), sine_rest));
   const F32 cosine = add(add(broadcast(1.0f), mul(broadcast(-0.5f), square)),
-                         mul(mul(square, square), polynomial(philox::kCos, square)));
+                         mul(mul(square, square), cosine_rest));
   const I32 odd = shift_left<1>(angle_word);  // as a sign
   const M32 swapped = negative(odd);
   const I32 sign = broadcast(INT32_MIN);

@@ -25,10 +25,12 @@ constexpr std::uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
 // log(1 + f) = f - f^2 / 2 + f^3 P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], and for |t| <= pi / 4
 // sin t = t + t^3 S(t^2), cos t = 1 - t^2 / 2 + t^4 C(t^2); fitted in Chebyshev nodes, to 3e-7.
-constexpr float kLog[7] = {0.333334088f, -0.250009209f, 0.199851274f, -0.165928558f,
-                           0.146763965f, -0.141184255f, 0.0927221403f};
-constexpr float kSin[3] = {-0.166666642f, 0.0083327489f, -0.000195879504f};
-constexpr float kCos[3] = {0.0416666642f, -0.00138883037f, 2.45479914e-05f};
+// Scalars, not arrays: those device code would not see.
+constexpr float kLog0 = 0.333334088f, kLog1 = -0.250009209f, kLog2 = 0.199851274f,
+                kLog3 = -0.165928558f, kLog4 = 0.146763965f, kLog5 = -0.141184255f,
+                kLog6 = 0.0927221403f;
+constexpr float kSin0 = -0.166666642f, kSin1 = 0.0083327489f, kSin2 = -0.000195879504f;
+constexpr float kCos0 = 0.0416666642f, kCos1 = -0.00138883037f, kCos2 = 2.45479914e-05f;
 constexpr float kLn2 = 0.693147182f, kHalfPiPer2To30 = 1.46291807926715969e-9f;
 constexpr std::int32_t kSqrtHalfBits = 0x3F3504F3;
 
@@ -93,8 +95,12 @@ T2P_HOST_DEVICE float uniform(std::uint32_t word) {
 T2P_HOST_DEVICE float log_of_uniform(float u) {
   const std::int32_t bits = bits_of(u), exponent = (bits - kSqrtHalfBits) >> 23;
   const float f = add(float_of(bits - (exponent << 23)), -1.0f), square = multiply(f, f);
-  float p = kLog[6];
-  for (int i = 5; i >= 0; --i) p = add(multiply(p, f), kLog[i]);
+  float p = add(multiply(kLog6, f), kLog5);
+  p = add(multiply(p, f), kLog4);
+  p = add(multiply(p, f), kLog3);
+  p = add(multiply(p, f), kLog2);
+  p = add(multiply(p, f), kLog1);
+  p = add(multiply(p, f), kLog0);
   const float log1p = add(add(f, multiply(-0.5f, square)), multiply(multiply(square, f), p));
   return add(multiply(static_cast<float>(exponent), kLn2), log1p);
 }
@@ -106,8 +112,8 @@ T2P_HOST_DEVICE void normal_pair(std::uint32_t radius_word, std::uint32_t angle_
   const float radius = square_root(multiply(-2.0f, log_of_uniform(uniform(radius_word))));
   const auto within = static_cast<std::int32_t>(angle_word & 0x3FFFFFFFu) - 0x20000000;
   const float t = multiply(static_cast<float>(within), kHalfPiPer2To30), square = multiply(t, t);
-  const float s = add(multiply(add(multiply(kSin[2], square), kSin[1]), square), kSin[0]);
-  const float c = add(multiply(add(multiply(kCos[2], square), kCos[1]), square), kCos[0]);
+  const float s = add(multiply(add(multiply(kSin2, square), kSin1), square), kSin0);
+  const float c = add(multiply(add(multiply(kCos2, square), kCos1), square), kCos0);
   const float sine = add(t, multiply(multiply(square, t), s));
   const float cosine =
       add(add(1.0f, multiply(-0.5f, square)), multiply(multiply(square, square), c));

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of a diffusion sampler: guidance, prediction, bound, update and noise in one kernel.
 
-The samplers differ in scalars alone, which `scheduler_coefficients` works out on the host in float64;
-see there. Sizes: `b` samples of any shape, `t` steps.
+The samplers differ in scalars alone, which `scheduler_coefficients` works out on the host in
+float64; see there. Sizes: `b` samples of any shape, `t` steps.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,8 @@ def _launch(arguments: Sequence[Any], prev: Tensor, x0: Tensor | None) -> None:
         n = sample.numel() // max(batch, 1)
         size = _C.scheduler_workspace_size(batch, n, bound == THRESHOLD, rescaled)
         workspace = sample.new_empty(size, dtype=torch.float32) if size else None
-    _C.scheduler_step(*arguments, workspace, prev, x0, torch.get_num_threads())
+    everything = (*arguments, workspace, prev, x0, torch.get_num_threads())
+    _C.scheduler_step(*everything)
 
 
 def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,8 @@ def _with_noise(arguments: Sequence[Any]) -> Arguments:
     draw, seeds, seed, offset = arguments[_DRAW : _DRAW + 4]
     if noise is None and draw:
         noise = _scheduler_noise(sample, seeds, seed, offset).to(sample.dtype)
-    return Arguments(*arguments[: _TENSORS["noise"]], noise)
+    everything = (*arguments[: _TENSORS["noise"]], noise)
+    return Arguments(*everything)
 
 
 def _step_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ARG001
@@ -132,7 +134,8 @@ def _step_vmap(
 
 
 _scheduler_step = define_op(
-    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? index, int row,"
+    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? index, int "
+    "row,"
     " Tensor? uncond_output, float guidance_scale, float guidance_rescale, int bound, float limit,"
     " float ratio, bool learned, Tensor? shift, Tensor? history1, Tensor? history2, Tensor? noise,"
     " bool draw, Tensor? seeds, int seed, int offset, bool return_x0) -> (Tensor, Tensor)",
@@ -152,51 +155,58 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
-def _modes_active() -> bool:
-    """Whether torch would do something else with an op than to run it."""
-    return (
+def _is_plain(arguments: Sequence[Any]) -> bool:
+    """Whether no gradient is wanted and no mode of torch would do more than run the op."""
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def is_plain(sample: Tensor, coefficients: Tensor, *others: Tensor | None) -> bool:
-    """Whether `run_plain` may be called: no gradient is wanted, and nothing has to be converted."""
-    if type(sample) is not Tensor or coefficients.dtype is not torch.float32 or _modes_active():
+    ):
         return False
-    dtype, grad = sample.dtype, torch.is_grad_enabled()
-    if dtype is torch.float64 or coefficients.device != sample.device:
-        return False
-    for tensor in (sample, *others):
-        if tensor is not None and (
-            type(tensor) is not Tensor
-            or tensor.dtype is not dtype
-            or (grad and tensor.requires_grad)
-            or not tensor.is_contiguous()
-        ):
+    grad = torch.is_grad_enabled()
+    for tensor in (*arguments[:3], arguments[5], *arguments[12:16]):
+        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
             return False
     return True
 
 
-def run_plain(return_x0: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """The kernel itself, past the dispatcher, which would cost more than a small step."""
-    sample = arguments[0]
-    prev = torch.empty_like(sample)
-    x0 = torch.empty_like(sample) if return_x0 else None
-    if sample.is_cuda:
-        _launch(arguments, prev, x0)
-    else:
-        _C.scheduler_step(*arguments, None, prev, x0, torch.get_num_threads())
-    return prev, x0
+def run_step(
+    arguments: Sequence[Any], return_x0: bool, out: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The step, from the arguments of the registered op but the last.
+
+    A plain step goes past the dispatcher, which would cost more than a small step itself. What the
+    kernel refuses is checked and converted, and then given to the registered op.
+    """
+    if _is_plain(arguments):
+        sample = arguments[0]
+        try:
+            if out is None:
+                prev = torch.empty_like(sample, memory_format=torch.contiguous_format)
+                x0 = torch.empty_like(prev) if return_x0 else None
+            else:
+                prev, x0 = out
+            _launch(arguments, prev, x0)
+            return prev, x0
+        except (TypeError, ValueError):
+            if out is not None:
+                _check_out(out, arguments)
+    prev, x0 = _run_registered(arguments, return_x0)
+    if out is None:
+        return prev, x0
+    _check_out(out, arguments)
+    for target, result in zip(out, (prev, x0), strict=True):
+        if target is not None and result is not None:
+            target.copy_(result)
+    return out
 
 
-def run(return_x0: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """The registered op on tensors of one dtype, contiguous, with coefficients where they are."""
-    tensors = [arguments[place] for place in _TENSORS.values()]
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+def _run_registered(arguments: Sequence[Any], return_x0: bool) -> tuple[Tensor, Tensor | None]:
+    _check(arguments)
+    dtype = arguments[0].dtype
+    for place in _TENSORS.values():
+        if arguments[place] is not None:
+            dtype = torch.promote_types(dtype, arguments[place].dtype)
     prepared = list(arguments)
     for place in _TENSORS.values():
         if prepared[place] is not None:
@@ -204,6 +214,9 @@ def run(return_x0: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     table = prepared[_COEFFICIENTS]
     prepared[_COEFFICIENTS] = table.to(device=prepared[0].device, dtype=table_dtype).contiguous()
+    for place in (_INDEX, _SEEDS):
+        if prepared[place] is not None:
+            prepared[place] = prepared[place].contiguous()
     prev, x0 = _scheduler_step(*prepared, return_x0)
     return prev, x0 if return_x0 else None
 
@@ -282,8 +295,8 @@ def scheduler_step(
     Differentiable in all tensors but the coefficients. Nothing waits for the device.
 
     Args:
-        sample: x, `[b, ...]` in float32, bfloat16, float16 or float64. Where tensors differ in dtype,
-            the widest is used.
+        sample: x, `[b, ...]` in float32, bfloat16, float16 or float64. Where tensors differ in
+            dtype, the widest is used.
         model_output: c, the network's (conditional) output, shaped as `sample`; with
             `learned_variance` `[b, 2 c, ...]`, the second half of the channels the variance.
         coefficients: `[t, 16]`. Float32 on the sample's device saves a conversion at every call.
@@ -297,16 +310,17 @@ def scheduler_step(
         threshold: `(ratio, most)`: dynamic thresholding (2205.11487, section 2.3) by the quantile
             `ratio` of `|x0|` over a sample, at least 1 and at most `most`. Likewise.
         learned_variance: Whether `model_output` has a variance.
-        shift: g, a gradient added to the noise predicted, or to the mean, by what `coefficients` say.
+        shift: g, a gradient added to the noise predicted, or to the mean, by what `coefficients`
+            say.
         history: Up to two earlier results, the latest first.
         noise: z, shaped as `sample`.
-        seed: Draws z in the kernel, from Philox4x32-10: the same for any device, layout of threads and
-            batch. An int, or int64 `[b]`, a seed for each sample, which makes its noise independent of
-            its place in the batch.
+        seed: Draws z in the kernel, from Philox4x32-10: the same for any device, layout of threads
+            and batch. An int, or int64 `[b]`, a seed for each sample, which makes its noise
+            independent of its place in the batch.
         offset: Counts the draws from one seed, such as the number of the step.
         return_x0: Whether `x0` is returned, too.
-        out: Where to write, `prev` or `(prev, x0)`: contiguous, of the shape and dtype of the result,
-            and not overlapping an input other than by being it. Not with gradients.
+        out: Where to write, `prev` or `(prev, x0)`: contiguous, of the shape and dtype of the
+            result, and not overlapping an input other than by being it. Not with gradients.
 
     Returns:
         `(prev, x0)`, or `prev`, in the shape of `sample`. O(b n) time; no other memory but, for
@@ -335,28 +349,13 @@ def scheduler_step(
         guidance_rescale, bound, limit, ratio, learned_variance, shift, history1, history2, noise,
         seed is not None, seeds, number & 0x7FFF_FFFF_FFFF_FFFF, offset,
     )  # fmt: skip
-    prev: Tensor
-    x0: Tensor | None
+    target = None
     if out is not None:
-        _check_out(out, return_x0, arguments)
-    if is_plain(
-        sample, coefficients, model_output, uncond_output, shift, history1, history2, noise
-    ):
-        if out is None:
-            prev, x0 = run_plain(return_x0, *arguments)
-        else:
-            prev, x0 = out if isinstance(out, tuple) else (out, None)
-            _launch(arguments, prev, x0)
-    else:
-        _check(arguments)
-        prev, x0 = run(return_x0, *arguments)
-        if out is not None:
-            results = (prev, x0) if return_x0 else (prev,)
-            targets = out if isinstance(out, tuple) else (out,)
-            for target, result in zip(targets, results, strict=True):
-                assert result is not None
-                target.copy_(result)
-            return out
+        if isinstance(out, tuple) != return_x0 or (isinstance(out, tuple) and len(out) != 2):
+            wanted = "(prev, x0)" if return_x0 else "prev"
+            raise ValueError(f"scheduler_step: with return_x0={return_x0} out must be {wanted}")
+        target = out if isinstance(out, tuple) else (out, None)
+    prev, x0 = run_step(arguments, return_x0, target)
     return prev if x0 is None else (prev, x0)
 
 
@@ -386,9 +385,7 @@ def scheduler_noise(
     if len(shape) == 0:
         raise ValueError("scheduler_noise: shape must be [b, ...], got []")
     if seeds is not None and (seeds.ndim != 1 or len(seeds) != shape[0]):
-        raise ValueError(
-            f"scheduler_noise: seed is {list(seeds.shape)} but shape is {list(shape)}"
-        )
+        raise ValueError(f"scheduler_noise: seed is {list(seeds.shape)} but shape is {list(shape)}")
     like = torch.empty((1,), device=device if seeds is None else seeds.device).expand(*shape)
     noise: Tensor = _scheduler_noise(like, seeds, number & 0x7FFF_FFFF_FFFF_FFFF, offset)
     return noise
@@ -442,17 +439,38 @@ def _check(arguments: Sequence[Any]) -> None:
     if arguments[8] != NO_BOUND and not arguments[9] > 0:
         raise ValueError(f"{op}: the bound of x0 is {arguments[9]}, it must be positive")
     if arguments[8] == THRESHOLD and not 0 <= arguments[10] <= 1:
-        raise ValueError(
-            f"{op}: the quantile of the threshold is {arguments[10]}, expected 0 to 1"
-        )
+        raise ValueError(f"{op}: the quantile of the threshold is {arguments[10]}, expected 0 to 1")
 
 
-def _check_out(
-    out: Tensor | tuple[Tensor, Tensor], return_x0: bool, arguments: Sequence[Any]
-) -> None:
-    if isinstance(out, tuple) != return_x0 or (isinstance(out, tuple) and len(out) != 2):
-        wanted = "(prev, x0)" if return_x0 else "prev"
-        raise ValueError(f"scheduler_step: with return_x0={return_x0} out must be {wanted}")
-    tensors = (arguments[place] for place in _TENSORS.values())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError("scheduler_step: out cannot be used where a gradient is wanted")
+def _check_out(out: tuple[Tensor, Tensor | None], arguments: Sequence[Any]) -> None:
+    op, sample = "scheduler_step", arguments[0]
+    tensors = [arguments[place] for place in _TENSORS.values() if arguments[place] is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{op}: out cannot be used where a gradient is wanted")
+    dtype = sample.dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    for tensor in out:
+        if tensor is None:
+            continue
+        if tensor.shape != sample.shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: out must be contiguous, of the shape {list(sample.shape)} and "
+                f"{str(dtype).removeprefix('torch.')}, got {list(tensor.shape)} and "
+                f"{str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if any(_overlap(tensor, other) for other in tensors):
+            raise ValueError(f"{op}: out overlaps an input without being the same memory")
+    if out[1] is not None and _overlap(out[0], out[1]):
+        raise ValueError(f"{op}: out[1] overlaps out[0]")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory other than by being the same."""
+    if a.is_meta or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or a.numel() == 0:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    ends = [t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+            * t.element_size() for t in (a, b)]  # fmt: skip
+    return a.data_ptr() < ends[1] and b.data_ptr() < ends[0]

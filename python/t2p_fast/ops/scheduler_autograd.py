@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2p_fast.ops.scheduler_coefficients import Column
 
-__all__ = ["NO_BOUND", "CLIP", "THRESHOLD", "Arguments", "Values", "compute", "gradients"]
+__all__ = ["CLIP", "NO_BOUND", "THRESHOLD", "Arguments", "Values", "compute", "gradients"]
 
 NO_BOUND, CLIP, THRESHOLD = 0, 1, 2
 

@@ -2,8 +2,8 @@
 """The samplers as coefficients of `scheduler_step`: float64 on the host, a row for every step.
 
 `alpha` and `sigma` are the scales of signal and noise of every step's own timestep, `[t]`, in
-float64; `_prev` marks those of the timestep that follows. A step computes, with sample x, output m of
-the network, added gradient g, earlier results h1 and h2, noise z,
+float64; `_prev` marks those of the timestep that follows. A step computes, with sample x, output m
+of the network, added gradient g, earlier results h1 and h2, noise z,
 
     x0   = bound(a0 x + a1 m + a2 g + a3 z)
     prev = b0 x + b1 m + b2 x0 + b3 g + b4 h1 + b5 h2 + b6 z
@@ -122,11 +122,11 @@ def ddpm_coefficients(
         alpha, sigma, alpha_prev, sigma_prev: `[t]`.
         prediction_type: What the network predicts, one of `PREDICTION_TYPES`.
         variance_type: One of `VARIANCE_TYPES`. ``learned`` is the log variance itself,
-            ``learned_range`` a number from -1 to 1 between those of fixed_small and fixed_large. The
-            ``_log`` forms are what they are without it.
+            ``learned_range`` a number from -1 to 1 between those of fixed_small and fixed_large.
+            The ``_log`` forms are what they are without it.
         bounded: Whether `x0` will be clipped or thresholded.
-        shift: What a `shift` is added to: ``mean``, times the variance (2105.05233, algorithm 1), or
-            ``epsilon``.
+        shift: What a `shift` is added to: ``mean``, times the variance (2105.05233, algorithm 1),
+            or ``epsilon``.
         noisy: `[t]`, which steps add noise; all where not given.
 
     Returns:
@@ -234,7 +234,8 @@ def dpm_solver_coefficients(
         alpha, sigma: `[t + 1]`, the last ones those of the result.
         order: 1, 2 or 3; that many results are used. Rows that lack predecessors are of less use
             than of a lower order.
-        algorithm_type: One of ``dpmsolver++``, ``sde-dpmsolver++``, ``dpmsolver``, ``sde-dpmsolver``.
+        algorithm_type: One of ``dpmsolver++``, ``sde-dpmsolver++``, ``dpmsolver``,
+            ``sde-dpmsolver``.
         solver_type: ``midpoint`` or ``heun``.
         prediction_type, bounded: As in `ddpm_coefficients`.
 
@@ -370,9 +371,7 @@ def _exploding(op: str, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Te
     return x0_sample * alpha, x0_output
 
 
-def flow_coefficients(
-    sigma: Tensor, sigma_prev: Tensor, *, stochastic: bool = False
-) -> Tensor:
+def flow_coefficients(sigma: Tensor, sigma_prev: Tensor, *, stochastic: bool = False) -> Tensor:
     """Euler's step on the straight path `x = (1 - sigma) x_0 + sigma e` (2210.02747).
 
     Args:

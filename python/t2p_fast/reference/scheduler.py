@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of diffusion samplers in plain PyTorch, as their papers write them.
 
-`alpha` and `sigma` are the scales of signal and noise, `x_t = alpha x_0 + sigma e`, floats or tensors
-that broadcast against the sample; `_prev` marks those of the step that follows.
+`alpha` and `sigma` are the scales of signal and noise, `x_t = alpha x_0 + sigma e`, floats or
+tensors that broadcast against the sample; `_prev` marks those of the step that follows.
 """
 
 import torch
@@ -60,7 +60,7 @@ def scheduler_predict(
 def scheduler_bound(
     x0: Tensor, clip: float | None = None, threshold: tuple[float, float] | None = None
 ) -> Tensor:
-    """Clipping, or dynamic thresholding (2205.11487, section 2.3) by a quantile, at most a value."""
+    """Clipping, or dynamic thresholding (2205.11487, section 2.3), by (quantile, most)."""
     if threshold is not None:
         ratio, most = threshold
         s = x0.flatten(1).abs().quantile(ratio, dim=1).clamp(1, max(1.0, most)).clamp(max=most)
