@@ -33,6 +33,9 @@ _TENSORS = {
 _COEFFICIENTS, _INDEX, _DRAW, _SEEDS = 2, 3, 16, 17
 
 
+_kernel: Any = _C.scheduler_step
+
+
 # The kernels, for CPU and CUDA tensors, each beside its fake --------------------------------------
 
 
@@ -46,7 +49,7 @@ def _step(*arguments: Any) -> tuple[Tensor, Tensor]:
     return prev, x0
 
 
-def _launch(arguments: Sequence[Any], prev: Tensor, x0: Tensor | None) -> None:
+def _launch(arguments: tuple[Any, ...], prev: Tensor, x0: Tensor | None) -> None:
     sample, workspace = arguments[0], None
     if sample.is_cuda:
         batch, bound = len(sample), arguments[8]
@@ -54,8 +57,7 @@ def _launch(arguments: Sequence[Any], prev: Tensor, x0: Tensor | None) -> None:
         n = sample.numel() // max(batch, 1)
         size = _C.scheduler_workspace_size(batch, n, bound == THRESHOLD, rescaled)
         workspace = sample.new_empty(size, dtype=torch.float32) if size else None
-    everything = (*arguments, workspace, prev, x0, torch.get_num_threads())
-    _C.scheduler_step(*everything)
+    _kernel(*arguments, workspace, prev, x0, torch.get_num_threads())
 
 
 def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -155,38 +157,47 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
-def _is_plain(arguments: Sequence[Any]) -> bool:
+_is_compiling = torch.compiler.is_compiling
+_count_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_grad_enabled = torch.is_grad_enabled
+_empty_like = torch.empty_like
+_get_num_threads = torch.get_num_threads
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether no gradient is wanted and no mode of torch would do more than run the op."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if _is_compiling() or _count_modes() > 0 or _transform() is not None:
         return False
-    grad = torch.is_grad_enabled()
-    for tensor in (*arguments[:3], arguments[5], *arguments[12:16]):
+    grad = _is_grad_enabled()
+    for tensor in tensors:
         if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
             return False
     return True
 
 
 def run_step(
-    arguments: Sequence[Any], return_x0: bool, out: tuple[Tensor, Tensor | None] | None = None
+    arguments: tuple[Any, ...],
+    return_x0: bool,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The step, from the arguments of the registered op but the last.
 
     A plain step goes past the dispatcher, which would cost more than a small step itself. What the
     kernel refuses is checked and converted, and then given to the registered op.
     """
-    if _is_plain(arguments):
-        sample = arguments[0]
+    sample = arguments[0]
+    if _is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
         try:
             if out is None:
-                prev = torch.empty_like(sample, memory_format=torch.contiguous_format)
-                x0 = torch.empty_like(prev) if return_x0 else None
+                prev = _empty_like(sample)
+                x0 = _empty_like(sample) if return_x0 else None
             else:
                 prev, x0 = out
-            _launch(arguments, prev, x0)
+            if sample.is_cuda:
+                _launch(arguments, prev, x0)
+            else:
+                _kernel(*arguments, None, prev, x0, _get_num_threads())
             return prev, x0
         except (TypeError, ValueError):
             if out is not None:

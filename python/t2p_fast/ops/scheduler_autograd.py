@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step in torch operations: what runs in float64, and its gradient."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,21 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum over each sample, shaped to go with samples."""
+    return _per_sample(_flat(x).sum(1), x)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - _per_sample(_flat(x).mean(1), x)
+
+
 def _spread(x: Tensor) -> Tensor:
-    dims = list(range(1, x.ndim))
-    return (x - x.mean(dims, keepdim=True)).square().sum(dims, keepdim=True).sqrt()
+    return _sum(_centred(x).square()).sqrt()
 
 
 def _quantile(magnitude: Tensor, ratio: float) -> tuple[Tensor, Tensor, float]:
@@ -111,9 +124,9 @@ def compute(a: Arguments) -> Values:
         if a.limit <= 1 or x0.numel() == 0:
             s = x0.new_full((len(x0),), a.limit)
         else:
-            pair, _, part = _quantile(x0.flatten(1).abs(), a.ratio)
+            pair, _, part = _quantile(_flat(x0).abs(), a.ratio)
             s = pair[:, 0].lerp(pair[:, 1], part).clamp(1, a.limit)
-            s = s.where(x0.flatten(1).isnan().any(1).logical_not(), torch.nan)
+            s = s.where(_flat(x0).isnan().any(1).logical_not(), torch.nan)
         s = _per_sample(s, x)
         x0 = (x0 / s).clamp(-1, 1)
     if a.bound != NO_BOUND:
@@ -169,10 +182,10 @@ def _through_bound(a: Arguments, v: Values, grad: Tensor) -> Tensor:
     if a.limit <= 1 or grad.numel() == 0:
         return within
     # The quantile depends on the two values that it lies between.
-    flat = v.raw_x0.flatten(1)
+    flat = _flat(v.raw_x0)
     pair, places, part = _quantile(flat.abs(), a.ratio)
     quantile = pair[:, 0].lerp(pair[:, 1], part)
-    of_s = -(within * v.raw_x0 / v.s).flatten(1).sum(1)
+    of_s = -_flat(within * v.raw_x0 / v.s).sum(1)
     of_s = of_s * ((quantile >= 1) & (quantile <= a.limit))
     signs = flat.gather(1, places).sign()
     parts = torch.stack([of_s * (1 - part), of_s * part], 1) * signs
@@ -186,17 +199,14 @@ def _through_guidance(a: Arguments, v: Values, grad: Tensor) -> tuple[Tensor, Te
     of_output = torch.zeros_like(grad)
     if v.factor is not None:
         # factor = phi spread(output) / spread(unscaled) + 1 - phi
-        dims = list(range(1, grad.ndim))
-        of_factor = (grad * v.unscaled).sum(dims, keepdim=True) * a.guidance_rescale
+        of_factor = _sum(grad * v.unscaled) * a.guidance_rescale
         grad = grad * v.factor
         wanted, own = _spread(output), _spread(v.unscaled)
         usable = (own != 0) & (wanted != 0)
         wanted, own = wanted.where(usable, 1.0), own.where(usable, 1.0)
         of_factor = of_factor * usable
-        centred = v.unscaled - v.unscaled.mean(dims, keepdim=True)
-        grad = grad - of_factor * wanted * centred / own**3
-        centred = output - output.mean(dims, keepdim=True)
-        of_output = of_factor * centred / (wanted * own)
+        grad = grad - of_factor * wanted * _centred(v.unscaled) / own**3
+        of_output = of_factor * _centred(output) / (wanted * own)
     of_output = of_output + a.guidance_scale * grad
     of_uncond = (1 - a.guidance_scale) * grad
     if a.uncond_output.shape != output.shape:  # with a variance, which is not used

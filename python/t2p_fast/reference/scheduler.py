@@ -5,6 +5,8 @@
 tensors that broadcast against the sample; `_prev` marks those of the step that follows.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ def _tensor(value: Scale, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 def scheduler_guide(
     output: Tensor, uncond_output: Tensor, scale: float, rescale: float = 0.0
 ) -> Tensor:
@@ -37,10 +43,9 @@ def scheduler_guide(
     guided = uncond_output + scale * (output - uncond_output)
     if rescale == 0:
         return guided
-    dims = list(range(1, output.ndim))
-    std, wanted = guided.std(dims, keepdim=True), output.std(dims, keepdim=True)
+    std, wanted = _flat(guided).std(1), _flat(output).std(1)
     ratio = torch.where(std > 0, wanted / std.where(std > 0, 1), 1)
-    return guided * (rescale * ratio + (1 - rescale))
+    return guided * (rescale * ratio + (1 - rescale)).view(-1, *[1] * (output.ndim - 1))
 
 
 def scheduler_predict(
@@ -63,7 +68,7 @@ def scheduler_bound(
     """Clipping, or dynamic thresholding (2205.11487, section 2.3), by (quantile, most)."""
     if threshold is not None:
         ratio, most = threshold
-        s = x0.flatten(1).abs().quantile(ratio, dim=1).clamp(1, max(1.0, most)).clamp(max=most)
+        s = _flat(x0).abs().quantile(ratio, dim=1).clamp(1, max(1.0, most)).clamp(max=most)
         s = s.view(-1, *[1] * (x0.ndim - 1))
         return torch.minimum(torch.maximum(x0, -s), s) / s
     return x0 if clip is None else x0.clamp(-clip, clip)

@@ -113,6 +113,7 @@ class Scheduler(Configurable):
         self._values: list[float] = timesteps.tolist()
         self._tables: dict[Any, Tensor] = {}
         self.timesteps = timesteps.to(device)
+        self._schedule = self.timesteps
         self._first_timestep = self.timesteps.data_ptr()
         self._timestep_bytes = self.timesteps.element_size()
 
@@ -133,18 +134,19 @@ class Scheduler(Configurable):
 
     # Rows -----------------------------------------------------------------------------------------
 
-    def _place(self, timestep: Any) -> int | None:
+    def _place(self, timestep: Tensor) -> int | None:
         """Which of `timesteps` a tensor is, if it is one of its elements, without reading it.
 
-        Loops go over `timesteps`, which may be on a GPU: its values are known, but reading one
-        there would wait for everything that was launched before.
+        Loops go over `timesteps`, which may be on a GPU. To read one there would be to wait
+        for everything launched before, and its value is known.
         """
-        if torch.compiler.is_compiling() or timestep.is_meta:
+        if torch.compiler.is_compiling() or self.timesteps is not self._schedule:
             return None
-        first = self.timesteps.data_ptr()
-        place, rest = divmod(timestep.data_ptr() - first, self._timestep_bytes)
-        within = 0 <= place < len(self._values) and rest == 0
-        return int(place) if within and first == self._first_timestep else None
+        try:
+            place = (timestep.data_ptr() - self._first_timestep) // self._timestep_bytes
+        except RuntimeError:  # a tensor without memory
+            return None
+        return place if 0 <= place < len(self._values) else None
 
     def _value(self, timestep: Any) -> float:
         """A timestep as a number."""
@@ -154,14 +156,16 @@ class Scheduler(Configurable):
             return value
         return timestep  # type: ignore[no-any-return]
 
-    def _table(self, key: Any, sample: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The coefficients that belong to `key`, where the sample is and in the kernel's dtype."""
-        wide = sample.dtype is torch.float64
-        place = (key, sample.get_device() if not sample.is_meta else "meta", wide)
+    def _table(self, key: Any, sample: Tensor, make: Callable[..., Tensor], *args: Any) -> Tensor:
+        """The coefficients that belong to `key`, where the sample is and in the kernel's dtype.
+
+        Made as `make(*args)` where there are none yet.
+        """
+        place = (key, -2 if sample.is_meta else sample.get_device(), sample.dtype is torch.float64)
         table = self._tables.get(place)
         if table is None:
-            dtype = torch.float64 if wide else torch.float32
-            table = make().to(device=sample.device, dtype=dtype)
+            dtype = torch.float64 if place[2] else torch.float32
+            table = make(*args).to(device=sample.device, dtype=dtype)
             self._tables[place] = table
         return table
 
@@ -187,7 +191,6 @@ class Scheduler(Configurable):
         model_output: Tensor,
         table: Tensor,
         row: int,
-        *,
         index: Tensor | None = None,
         uncond_output: Tensor | None = None,
         guidance_scale: float = 1.0,

@@ -109,7 +109,7 @@ class DiscreteScheduler(Scheduler):
         if isinstance(timestep, Tensor) and timestep.ndim > 0 and timestep.numel() > 1:
             return 0, timestep.to(device=sample.device, dtype=torch.int64)
         row = int(self._value(timestep))
-        if not 0 <= row < len(self._previous):
+        if row >= len(self._previous) or row < 0:
             raise ValueError(
                 f"{type(self).__name__}.step: timestep {row} is outside [0, {len(self._previous)})"
             )

@@ -114,26 +114,23 @@ class DDIMScheduler(DiscreteScheduler):
             raise ValueError("DDIMScheduler.step: call set_timesteps first")
         row, index = self._rows_of(timestep, sample)
         bound = self._bounds
-        table = self._table(
-            (eta, use_clipped_model_output),
-            sample,
-            lambda: ddim_coefficients(
-                *self._scales(),
-                eta=eta,
-                prediction_type=self.config.prediction_type,
-                rederive=use_clipped_model_output,
-                bounded=bound[0] != NO_BOUND,
-            ),
-        )
-        noise = NO_NOISE
-        if eta > 0:
-            noise = self._draw(sample, generator, variance_noise)
+        key = (eta, use_clipped_model_output)
+        table = self._table(key, sample, self._coefficients, *key)
+        noise = NO_NOISE if eta == 0 else self._draw(sample, generator, variance_noise)
         prev, x0 = self._run(
-            sample, model_output, table, row, index=index, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, bound=bound,
-            shift=eps_shift, noise=noise,
+            sample, model_output, table, row, index, uncond_output, guidance_scale,
+            guidance_rescale, bound, False, eps_shift, None, None, noise,
         )  # fmt: skip
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
+
+    def _coefficients(self, eta: float, rederive: bool) -> Tensor:
+        return ddim_coefficients(
+            *self._scales(),
+            eta=eta,
+            prediction_type=self.config.prediction_type,
+            rederive=rederive,
+            bounded=self._bounds[0] != NO_BOUND,
+        )
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """The variance of a step with `eta` 1."""

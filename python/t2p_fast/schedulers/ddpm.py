@@ -137,9 +137,8 @@ class DDPMScheduler(DiscreteScheduler):
         if row > 0 or index is not None:
             noise = self._draw(sample, generator, variance_noise)
         prev, x0 = self._run(
-            sample, model_output, table, row, index=index, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, bound=bound,
-            learned=learned, shift=mean_shift, noise=noise,
+            sample, model_output, table, row, index, uncond_output, guidance_scale,
+            guidance_rescale, bound, learned, mean_shift, None, None, noise,
         )  # fmt: skip
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
