@@ -194,7 +194,7 @@ def _workload(name: str, title: str) -> Workload:
     ]
     if name == "ddim":
         providers.append(Provider("torch algebra", _algebra))
-    providers.append(Provider("copy of the bytes", _copy(name)))
+    providers.append(Provider("copy of the bytes", _copy(name), yardstick=True))
     return Workload(
         name=name,
         title=title,
@@ -218,7 +218,10 @@ def _awkward(device: str) -> None:
         index = torch.arange(shape[0], device=device) + 2
         noise = scheduler_noise(shape, 3, device=device)
         for threshold in (None, (0.9, 1.7)):
-            bounds = {"threshold": threshold, "clip": 0.9 if threshold is None else None}
+            bounds: dict[str, Any] = {
+                "threshold": threshold,
+                "clip": 0.9 if threshold is None else None,
+            }
             for make in (ddpm_coefficients, ddim_coefficients):
                 table = make(*scales, bounded=True).float().to(device)
                 ours = scheduler_step(
