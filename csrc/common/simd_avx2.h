@@ -190,7 +190,6 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, pairs)};
 }
 
-T2P_INLINE I32 sub(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 template <int kBits>

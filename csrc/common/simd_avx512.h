@@ -183,7 +183,6 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 #endif
 
-T2P_INLINE I32 sub(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int kBits>

@@ -172,7 +172,6 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return sum;
 }
 
-T2P_INLINE I32 sub(I32 a, I32 b) { return {a.v - b.v}; }
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
 typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
