@@ -182,14 +182,15 @@ T2P_INLINE void collect(Chunk& k, const float* data, float to_x0, float to_prev)
   if (data != nullptr) k.addends[k.addend_count++] = {data, to_x0, to_prev};
 }
 
-// Turns what a chunk adds to the sample into addends.
+// Turns what a chunk adds to the sample into addends; only those of x0 where prev is not wanted.
 T2P_INLINE void collect_addends(const Step& step, const float* c, std::int64_t b,
-                                std::int64_t begin, Scratch& scratch, Chunk& k) {
+                                std::int64_t begin, bool with_prev, Scratch& scratch, Chunk& k) {
+  const bool noisy = c[kX0Noise] != 0 || (with_prev && c[kPrevNoise] != 0);
   const float* shift = floats(step, step.shift, b, begin, k.count, scratch.shift);
   const float* drawn = nullptr;
-  if (step.source == Noise::kGiven) {
+  if (noisy && step.source == Noise::kGiven) {
     drawn = floats(step, step.noise, b, begin, k.count, scratch.noise);
-  } else if (step.source == Noise::kPhilox && (c[kPrevNoise] != 0 || c[kX0Noise] != 0)) {
+  } else if (noisy && step.source == Noise::kPhilox) {
     const std::uint64_t seed = step.seeds ? static_cast<std::uint64_t>(step.seeds[b]) : step.seed;
     const std::uint64_t index = step.seeds ? 0 : static_cast<std::uint64_t>(b) << 32;
     noise(seed, step.offset, index, begin, begin + k.count, scratch.noise);
@@ -207,9 +208,10 @@ T2P_INLINE void collect_addends(const Step& step, const float* c, std::int64_t b
     }
   }
   collect(k, shift, c[kX0Shift], c[kPrevShift]);
+  collect(k, drawn, c[kX0Noise], c[kPrevNoise]);
+  if (!with_prev) return;
   collect(k, floats(step, step.history1, b, begin, k.count, scratch.history1), 0, c[kPrevHistory1]);
   collect(k, floats(step, step.history2, b, begin, k.count, scratch.history2), 0, c[kPrevHistory2]);
-  collect(k, drawn, c[kX0Noise], c[kPrevNoise]);
 }
 
 void update_any(const Chunk& k, const Step& step, const SampleState& state, const float* c,
@@ -224,13 +226,13 @@ void update_any(const Chunk& k, const Step& step, const SampleState& state, cons
 }
 
 T2P_INLINE Chunk chunk_at(const Step& step, const float* c, std::int64_t b, std::int64_t begin,
-                          std::int64_t end, Scratch& scratch) {
+                          std::int64_t end, bool with_prev, Scratch& scratch) {
   Chunk k;
   k.count = end - begin < kChunk ? static_cast<int>(end - begin) : kChunk;
   k.sample = floats(step, step.sample, b, begin, k.count, scratch.sample);
   k.output = floats(step, step.output, b, begin, k.count, scratch.output);
   k.uncond = floats(step, step.uncond, b, begin, k.count, scratch.uncond);
-  collect_addends(step, c, b, begin, scratch, k);
+  collect_addends(step, c, b, begin, with_prev, scratch, k);
   return k;
 }
 
@@ -240,7 +242,7 @@ void update(const Step& step, const SampleState& state, std::int64_t b, std::int
   const float* c = row_of(step, b);
   const bool in_place = step.dtype == Dtype::kFloat32, bounded = step.bound != Bound::kNone;
   for (; begin < end; begin += kChunk) {
-    Chunk k = chunk_at(step, c, b, begin, end, scratch);
+    Chunk k = chunk_at(step, c, b, begin, end, true, scratch);
     const std::int64_t at = b * step.n + begin;
     k.prev = in_place ? static_cast<float*>(step.prev) + at : scratch.prev;
     k.x0 = step.x0 == nullptr ? nullptr : in_place ? static_cast<float*>(step.x0) + at : scratch.x0;
@@ -293,7 +295,7 @@ std::int64_t large(const Step& step, const SampleState& state, std::int64_t b, s
   F32 largest = broadcast(0.0f);
   std::int32_t* to = bits_out;
   for (; begin < end; begin += kChunk) {
-    Chunk k = chunk_at(step, c, b, begin, end, scratch);
+    Chunk k = chunk_at(step, c, b, begin, end, false, scratch);
     k.prev = nullptr;
     k.x0 = scratch.x0;
     update_any(k, step, state, c, false);

@@ -148,24 +148,17 @@ class Scheduler(Configurable):
             return None
         return place if 0 <= place < len(self._values) else None
 
-    def _value(self, timestep: Any) -> float:
-        """A timestep as a number."""
-        if isinstance(timestep, Tensor):
-            place = self._place(timestep)
-            value: float = timestep.item() if place is None else self._values[place]
-            return value
-        return timestep  # type: ignore[no-any-return]
-
     def _table(self, key: Any, sample: Tensor, make: Callable[..., Tensor], *args: Any) -> Tensor:
         """The coefficients that belong to `key`, where the sample is and in the kernel's dtype.
 
         Made as `make(*args)` where there are none yet.
         """
-        place = (key, -2 if sample.is_meta else sample.get_device(), sample.dtype is torch.float64)
+        place = (key, sample.get_device(), sample.dtype is torch.float64)
         table = self._tables.get(place)
         if table is None:
             dtype = torch.float64 if place[2] else torch.float32
-            table = make(*args).to(device=sample.device, dtype=dtype)
+            device = torch.device("cpu") if sample.is_meta else sample.device
+            table = make(*args).to(device=device, dtype=dtype)
             self._tables[place] = table
         return table
 

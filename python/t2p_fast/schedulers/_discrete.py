@@ -106,9 +106,12 @@ class DiscreteScheduler(Scheduler):
 
     def _rows_of(self, timestep: Any, sample: Tensor) -> tuple[int, Tensor | None]:
         """The row of a timestep, or those of a timestep for each sample; rows are timesteps."""
-        if isinstance(timestep, Tensor) and timestep.ndim > 0 and timestep.numel() > 1:
-            return 0, timestep.to(device=sample.device, dtype=torch.int64)
-        row = int(self._value(timestep))
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                return 0, timestep.to(device=sample.device, dtype=torch.int64)
+            place = self._place(timestep)
+            timestep = timestep.item() if place is None else self._values[place]
+        row = int(timestep)
         if row >= len(self._previous) or row < 0:
             raise ValueError(
                 f"{type(self).__name__}.step: timestep {row} is outside [0, {len(self._previous)})"
