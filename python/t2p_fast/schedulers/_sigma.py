@@ -68,6 +68,8 @@ class SigmaScheduler(Scheduler):
         Raises:
             ValueError: No step has it.
         """
+        if schedule_timesteps is None and self.timesteps is not self._schedule:
+            schedule_timesteps = self.timesteps  # somebody has changed them
         if schedule_timesteps is None:
             values = self._values
             if isinstance(timestep, Tensor):
