@@ -108,7 +108,7 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
 
 // A step with everything that it can have, on `dtype`; arrays are as long as they have to be.
 void step(std::int64_t batch, std::int64_t n, t2p::scheduler::Dtype dtype,
-               t2p::scheduler::Bound bound) {
+          t2p::scheduler::Bound bound) {
   using t2p::scheduler::Stream;
   const std::int64_t bytes = dtype == t2p::scheduler::Dtype::kFloat32 ? 4 : 2;
   std::mt19937 random(1);
