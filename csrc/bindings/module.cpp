@@ -11,6 +11,9 @@ namespace py = pybind11;
 
 namespace t2p {
 
+namespace scheduler {
+void bind(py::module_& m);
+}
 namespace vq {
 void bind(py::module_& m);
 }
@@ -55,5 +58,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("init", &t2p::init_tensor_road, py::arg("torch"));
   m.def("build_info", &t2p::build_info);
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
+  t2p::scheduler::bind(m);
   t2p::vq::bind(m);
 }

@@ -2,6 +2,7 @@
 // Compiled in place of the CUDA kernels where there is no CUDA compiler: every launcher says so.
 #include <stdexcept>
 
+#include "scheduler/scheduler.h"
 #include "vq/vq.h"
 
 namespace t2p {
@@ -15,6 +16,17 @@ namespace {
 }
 
 }  // namespace
+
+namespace scheduler {
+
+void step_cuda(const Step&, int, void*, float*) { built_without_cuda("scheduler_step"); }
+std::int64_t workspace_size(std::int64_t, std::int64_t, bool, bool) { return 0; }
+void noise_cuda(const std::int64_t*, std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int,
+                void*, float*) {
+  built_without_cuda("scheduler_noise");
+}
+
+}  // namespace scheduler
 
 namespace vq {
 

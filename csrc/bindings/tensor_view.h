@@ -39,6 +39,8 @@ class TensorView {
   bool contiguous() const;
   bool is_float32() const { return dtype_.code == dlpack::kFloat && dtype_.bits == 32; }
   bool is_uint8() const { return dtype_.code == dlpack::kUInt && dtype_.bits == 8; }
+  bool is_bfloat16() const { return dtype_.code == dlpack::kBfloat && dtype_.bits == 16; }
+  bool is_float16() const { return dtype_.code == dlpack::kFloat && dtype_.bits == 16; }
   bool is_int64() const { return dtype_.code == dlpack::kInt && dtype_.bits == 64; }
 
   std::string shape_text() const;   // "[2, 3]"

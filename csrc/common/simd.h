@@ -17,6 +17,11 @@
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
+// multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
+// products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to
+// the even ones, interleave_even puts the even lanes of two vectors side by side. shift_right fills
+// with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits.
+//
 // min and max give `b` where either operand is a NaN.
 //
 // The scalar form is four lanes of compiler vectors, which any processor's baseline (SSE2, NEON)

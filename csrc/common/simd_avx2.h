@@ -190,4 +190,31 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, pairs)};
 }
 
+T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+template <int kBits>
+T2P_INLINE I32 shift_left(I32 a) {
+  return {_mm256_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right(I32 a) {
+  return {_mm256_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {_mm256_srai_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
+T2P_INLINE F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+T2P_INLINE M32 negative(I32 a) { return {_mm256_castsi256_ps(_mm256_srai_epi32(a.v, 31))}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm256_mul_epu32(a.v, _mm256_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xAA)};
+}
+
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

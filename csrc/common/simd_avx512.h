@@ -183,4 +183,31 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 #endif
 
+T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int kBits>
+T2P_INLINE I32 shift_left(I32 a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right(I32 a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {_mm512_srai_epi32(a.v, kBits)};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
+T2P_INLINE F32 as_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+T2P_INLINE M32 negative(I32 a) { return {_mm512_movepi32_mask(a.v)}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  return {_mm512_mul_epu32(a.v, _mm512_set1_epi32(static_cast<int>(b)))};
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) {
+  return {_mm512_mask_mov_epi32(a.v, 0xAAAA, _mm512_slli_epi64(b.v, 32))};
+}
+
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -172,4 +172,36 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   return sum;
 }
 
+T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
+typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
+template <int kBits>
+T2P_INLINE I32 shift_left(I32 a) {
+  return {(I32::type)((U32Vector)a.v << kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right(I32 a) {
+  return {(I32::type)((U32Vector)a.v >> kBits)};
+}
+template <int kBits>
+T2P_INLINE I32 shift_right_signed(I32 a) {
+  return {a.v >> kBits};
+}
+T2P_INLINE I32 as_i32(F32 a) { return {(I32::type)a.v}; }
+T2P_INLINE F32 as_f32(I32 a) { return {(F32::type)a.v}; }
+T2P_INLINE M32 negative(I32 a) { return {a.v < 0}; }
+T2P_INLINE M32 equal(I32 a, I32 b) { return {a.v == b.v}; }
+T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {m.v ? a.v : b.v}; }
+T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
+  I32 product;
+  for (int i = 0; i < kLanes; i += 2) {
+    const std::uint64_t wide = std::uint64_t{static_cast<std::uint32_t>(a.v[i])} * b;
+    product.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide));
+    product.v[i + 1] = static_cast<std::int32_t>(static_cast<std::uint32_t>(wide >> 32));
+  }
+  return product;
+}
+T2P_INLINE I32 odd_to_even(I32 a) { return {I32::type{a.v[1], 0, a.v[3], 0}}; }
+T2P_INLINE I32 interleave_even(I32 a, I32 b) { return {I32::type{a.v[0], b.v[0], a.v[2], b.v[2]}}; }
+
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

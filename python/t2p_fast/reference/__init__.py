@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
+from t2p_fast.reference.scheduler import (
+    scheduler_add_noise,
+    scheduler_ancestral_step,
+    scheduler_bound,
+    scheduler_ddim_step,
+    scheduler_ddpm_step,
+    scheduler_dpm_solver_step,
+    scheduler_euler_step,
+    scheduler_flow_step,
+    scheduler_guide,
+    scheduler_predict,
+    scheduler_step,
+    scheduler_velocity,
+)
 from t2p_fast.reference.vq import (
     KMeansResult,
     kmeans,
@@ -10,4 +24,23 @@ from t2p_fast.reference.vq import (
     vq_topk,
 )
 
-__all__ = ["KMeansResult", "kmeans", "vq_lookup", "vq_nearest", "vq_quantize", "vq_topk"]
+__all__ = [
+    "KMeansResult",
+    "kmeans",
+    "scheduler_add_noise",
+    "scheduler_ancestral_step",
+    "scheduler_bound",
+    "scheduler_ddim_step",
+    "scheduler_ddpm_step",
+    "scheduler_dpm_solver_step",
+    "scheduler_euler_step",
+    "scheduler_flow_step",
+    "scheduler_guide",
+    "scheduler_predict",
+    "scheduler_step",
+    "scheduler_velocity",
+    "vq_lookup",
+    "vq_nearest",
+    "vq_quantize",
+    "vq_topk",
+]
