@@ -59,6 +59,8 @@ class Provider:
         build: Takes the inputs of a case and returns the call to be timed. Everything that a user
             would do once (making a module, moving weights) belongs in `build`.
         ours: Whether it is the op under test. The others are peers.
+        yardstick: Whether it does something else that is worth knowing beside, such as a copy: no
+            peer, and compared with none.
         module: The Python module it needs, if that is not a dependency of t2p_fast.
         package: What to pip install to get `module`.
         devices: Where it runs.
@@ -68,6 +70,7 @@ class Provider:
     name: str
     build: Callable[[Inputs], Callable[[], Any]]
     ours: bool = False
+    yardstick: bool = False
     module: str = ""
     package: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")

@@ -81,6 +81,7 @@ class Row:
     torch: str = ""
     python: str = ""
     date: str = ""
+    yardstick: bool = False
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -154,7 +155,7 @@ def add_ratios(rows: Sequence[Row]) -> None:
         groups.setdefault(key, []).append(row)
     for group in groups.values():
         timed = [row for row in group if row.min_ms]
-        peers = [row for row in timed if not row.ours]
+        peers = [row for row in timed if not row.ours and not row.yardstick]
         if not peers:
             continue
         best = min(peers, key=lambda row: row.median_ms or 0.0)

@@ -251,6 +251,7 @@ def _measure_case(
             case=case.name,
             provider=provider.name,
             ours=provider.ours,
+            yardstick=provider.yardstick,
             status=provider.obstacle(settings.device, settings.flags),
             device=settings.device,
             threads=settings.threads,

@@ -17,6 +17,9 @@ void bind(py::module_& m);
 namespace mrf {
 void bind(py::module_& m);
 }
+namespace scheduler {
+void bind(py::module_& m);
+}
 namespace vq {
 void bind(py::module_& m);
 }
@@ -63,5 +66,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
   t2p::masked_sampling::bind(m);
   t2p::mrf::bind(m);
+  t2p::scheduler::bind(m);
   t2p::vq::bind(m);
 }

@@ -4,6 +4,7 @@
 
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
+#include "scheduler/scheduler.h"
 #include "vq/vq.h"
 
 namespace t2p {
@@ -35,6 +36,17 @@ void message_cuda(const Edges&, const Positions&, Values, std::int64_t, int, voi
 }
 
 }  // namespace mrf
+
+namespace scheduler {
+
+void step_cuda(const Step&, int, void*, float*) { built_without_cuda("scheduler_step"); }
+std::int64_t workspace_size(std::int64_t, std::int64_t, bool, bool) { return 0; }
+void noise_cuda(const std::int64_t*, std::uint64_t, std::uint64_t, std::int64_t, std::int64_t, int,
+                void*, float*) {
+  built_without_cuda("scheduler_noise");
+}
+
+}  // namespace scheduler
 
 namespace vq {
 

@@ -24,8 +24,8 @@ constexpr std::int64_t kUndecided = -1;
 // subtracted from the rows as well.
 struct Codebook {
   Metric metric;
-  const float* codes;       // [k, d], as they came
-  const float* scored;      // [k, d], the same or, for kCosine, of length 1
+  const float* codes;   // [k, d], as they came
+  const float* scored;  // [k, d], the same or, for kCosine, of length 1
   std::int64_t k, d;
   const float* center = nullptr;      // [d], about the mean of `scored`
   const float* row_center = nullptr;  // [d], `center` for kL2, else 0

@@ -6,6 +6,39 @@ from torch import Tensor
 
 def init(torch: ModuleType) -> None: ...
 def build_info() -> dict[str, Any]: ...
+def philox(
+    seed: int, offset: int, index: int
+) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]: ...
+def scheduler_workspace_size(batch: int, n: int, threshold: bool, rescale: bool) -> int: ...
+def scheduler_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    index: Tensor | None,
+    row: int,
+    uncond_output: Tensor | None,
+    guidance: float,
+    rescale: float,
+    bound: int,
+    limit: float,
+    ratio: float,
+    learned: bool,
+    shift: Tensor | None,
+    history1: Tensor | None,
+    history2: Tensor | None,
+    noise: Tensor | None,
+    draw: bool,
+    seeds: Tensor | None,
+    seed: int,
+    offset: int,
+    workspace: Tensor | None,
+    prev: Tensor,
+    x0: Tensor | None,
+    threads: int,
+) -> None: ...
+def scheduler_noise(
+    out: Tensor, seeds: Tensor | None, seed: int, offset: int, threads: int
+) -> None: ...
 def vq_workspace_size(n: int, k: int, d: int) -> int: ...
 def vq_nearest(
     x: Tensor,

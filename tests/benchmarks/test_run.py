@@ -78,7 +78,7 @@ def test_load_every_op_has_a_benchmark():
 
 
 def test_load_unknown_op():
-    with pytest.raises(ValueError, match="no benchmark for op 'nothing', there is one for vq"):
+    with pytest.raises(ValueError, match=r"no benchmark for op 'nothing', there is one for .*vq"):
         registry.load("nothing")
 
 
@@ -95,6 +95,15 @@ def test_measure_times_providers_that_are_right():
     assert ours.best_peer == peer.best_peer == "torch"
     assert ours.ratio == pytest.approx(peer.median_ms / ours.median_ms)
     assert peer.ratio == peer.cpu_ratio == 1
+
+
+def test_yardsticks_are_no_peers():
+    copy = Provider("copy", double, yardstick=True)
+    ours, peer, yardstick = measure(make_benchmark(OURS, Provider("torch", double), copy), QUICK)
+    yardstick.median_ms = yardstick.min_ms = 1e-9
+    report.add_ratios([ours, peer, yardstick])
+    assert ours.best_peer == "torch"
+    assert (ours.yardstick, peer.yardstick, yardstick.yardstick) == (False, False, True)
 
 
 def test_measure_quick_keeps_the_quick_cases():

@@ -18,6 +18,7 @@
 #include "common/parallel.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
+#include "scheduler/scheduler.h"
 #include "vq/vq.h"
 
 namespace {
@@ -206,6 +207,57 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
   }
 }
 
+// A step with everything that it can have, on `dtype`; arrays are as long as they have to be.
+void step(std::int64_t batch, std::int64_t n, t2p::scheduler::Dtype dtype,
+          t2p::scheduler::Bound bound) {
+  using t2p::scheduler::Stream;
+  const std::int64_t bytes = dtype == t2p::scheduler::Dtype::kFloat32 ? 4 : 2;
+  std::mt19937 random(1);
+  std::vector<std::vector<char>> tensors(8, std::vector<char>(batch * n * bytes));
+  for (auto& tensor : tensors) {
+    // Small positive numbers in any of the formats.
+    for (std::int64_t i = 0; i < batch * n * bytes; ++i) {
+      tensor[i] = i % bytes == bytes - 1 ? 0x3c : static_cast<char>(random() % 128);
+    }
+  }
+  std::normal_distribution<float> normal;
+  std::vector<float> coefficients(3 * t2p::scheduler::kColumns);
+  for (float& value : coefficients) value = normal(random);
+  std::vector<std::int64_t> index(batch, 2), seeds(batch, 5);
+  std::vector<char> prev(batch * n * bytes), x0(batch * n * bytes), first;
+  const auto stream = [&](int i) { return Stream{tensors[i].data(), n}; };
+  for (int threads : {1, 2, 5}) {
+    t2p::scheduler::Step s{};
+    s.dtype = dtype;
+    s.batch = batch;
+    s.n = n;
+    s.sample = stream(0);
+    s.output = stream(1);
+    s.uncond = stream(2);
+    s.variance = stream(3);
+    s.shift = stream(4);
+    s.history1 = stream(5);
+    s.history2 = stream(6);
+    s.coefficients = coefficients.data();
+    s.rows = 3;
+    s.index = index.data();
+    s.guidance = 3;
+    s.rescale = 0.5f;
+    s.bound = bound;
+    s.limit = 1.5f;
+    s.ratio = 0.9;
+    s.source = t2p::scheduler::Noise::kPhilox;
+    s.seeds = seeds.data();
+    s.prev = prev.data();
+    s.x0 = x0.data();
+    t2p::scheduler::step_cpu(s, threads);
+    if (threads == 1) first = prev;
+    require(first == prev, "the same step for any number of threads");
+  }
+  std::vector<float> noise(batch * n);
+  t2p::scheduler::noise_cpu(nullptr, 3, 4, batch, n, 2, noise.data());
+}
+
 }  // namespace
 
 int main() {
@@ -233,6 +285,15 @@ int main() {
     mrf(3, 1, temperature);
     mrf(17, 65, temperature);
     mrf(5, 259, temperature);
+  }
+  for (auto dtype : {t2p::scheduler::Dtype::kFloat32, t2p::scheduler::Dtype::kBfloat16,
+                     t2p::scheduler::Dtype::kFloat16}) {
+    for (auto bound : {t2p::scheduler::Bound::kNone, t2p::scheduler::Bound::kClip,
+                       t2p::scheduler::Bound::kThreshold}) {
+      step(1, 1, dtype, bound);
+      step(3, 77, dtype, bound);
+      step(2, 16411, dtype, bound);
+    }
   }
   std::printf("ok on %s\n", t2p::isa_name(t2p::chosen_isa()));
 }

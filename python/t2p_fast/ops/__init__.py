@@ -7,6 +7,7 @@ from t2p_fast.ops.mrf import mrf_energy, mrf_mean_field
 from t2p_fast.ops.mrf_cuts import mrf_alpha_expansion
 from t2p_fast.ops.mrf_graph import GridWeights, LowRank, codebook_labels, grid_neighbours
 from t2p_fast.ops.mrf_solvers import mrf_bp, mrf_icm
+from t2p_fast.ops.scheduler import scheduler_noise, scheduler_step
 from t2p_fast.ops.vq import vq_lookup, vq_nearest, vq_pack, vq_quantize
 from t2p_fast.ops.vq_topk import vq_topk
 
@@ -25,6 +26,8 @@ __all__ = [
     "mrf_energy",
     "mrf_icm",
     "mrf_mean_field",
+    "scheduler_noise",
+    "scheduler_step",
     "vq_lookup",
     "vq_nearest",
     "vq_pack",

@@ -3,14 +3,21 @@
 
 from t2p_fast.reference.masked_sampling import MaskedSample, masked_sample
 from t2p_fast.reference.mrf import mrf_bp, mrf_energy, mrf_icm, mrf_marginals, mrf_mean_field
-from t2p_fast.reference.vq import (
-    KMeansResult,
-    kmeans,
-    vq_lookup,
-    vq_nearest,
-    vq_quantize,
-    vq_topk,
+from t2p_fast.reference.scheduler import (
+    scheduler_add_noise,
+    scheduler_ancestral_step,
+    scheduler_bound,
+    scheduler_ddim_step,
+    scheduler_ddpm_step,
+    scheduler_dpm_solver_step,
+    scheduler_euler_step,
+    scheduler_flow_step,
+    scheduler_guide,
+    scheduler_predict,
+    scheduler_step,
+    scheduler_velocity,
 )
+from t2p_fast.reference.vq import KMeansResult, kmeans, vq_lookup, vq_nearest, vq_quantize, vq_topk
 
 __all__ = [
     "KMeansResult",
@@ -22,6 +29,18 @@ __all__ = [
     "mrf_icm",
     "mrf_marginals",
     "mrf_mean_field",
+    "scheduler_add_noise",
+    "scheduler_ancestral_step",
+    "scheduler_bound",
+    "scheduler_ddim_step",
+    "scheduler_ddpm_step",
+    "scheduler_dpm_solver_step",
+    "scheduler_euler_step",
+    "scheduler_flow_step",
+    "scheduler_guide",
+    "scheduler_predict",
+    "scheduler_step",
+    "scheduler_velocity",
     "vq_lookup",
     "vq_nearest",
     "vq_quantize",

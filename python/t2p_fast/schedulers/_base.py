@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the schedulers share: their result, their noise, and the road to the kernel."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from t2p_fast.ops.scheduler import run_step
+from t2p_fast.ops.scheduler_autograd import CLIP, NO_BOUND, THRESHOLD
+from t2p_fast.ops.scheduler_coefficients import mix_coefficients
+from t2p_fast.schedulers._config import Configurable
+
+__all__ = ["NO_NOISE", "Generator", "Scheduler", "SchedulerOutput", "randn"]
+
+# What the kernel needs for noise: a tensor, or whether it draws and from which seed.
+NoiseSource = tuple[Tensor | None, bool, int]
+NO_NOISE: NoiseSource = (None, False, 0)
+
+_MASK = 0x7FFF_FFFF_FFFF_FFFF
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+class SchedulerOutput:
+    """The result of a step.
+
+    Attributes:
+        prev_sample: The sample of the timestep that follows.
+        pred_original_sample: The clean sample that the step predicted, bounded as configured; None
+            where the scheduler has none.
+
+    It can also be taken for a dict or, by number and in unpacking, for the tuple of its entries.
+    """
+
+    __slots__ = ("pred_original_sample", "prev_sample")
+
+    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | None = None) -> None:
+        self.prev_sample = prev_sample
+        self.pred_original_sample = pred_original_sample
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """The entries that are there."""
+        if self.pred_original_sample is None:
+            return (self.prev_sample,)
+        return self.prev_sample, self.pred_original_sample
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the entries."""
+        return ("prev_sample", "pred_original_sample")[: len(self.to_tuple())]
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The entries."""
+        return self.to_tuple()
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Names and entries."""
+        return list(zip(self.keys(), self.to_tuple(), strict=True))
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+    def __repr__(self) -> str:
+        entries = ", ".join(f"{name}={value!r}" for name, value in self.items())
+        return f"{type(self).__name__}({entries})"
+
+
+def randn(
+    shape: Sequence[int], generator: Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """torch's noise from one generator, or from one for each sample; on the generator's device."""
+    if isinstance(generator, list):
+        if len(generator) == 1:
+            return randn(shape, generator[0], device, dtype)
+        if len(generator) != shape[0]:
+            raise ValueError(f"there are {len(generator)} generators for a batch of {shape[0]}")
+        return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
+    source = device if generator is None else generator.device
+    if source.type != device.type and source.type != "cpu":
+        raise ValueError(f"a generator on {source} cannot make noise for a tensor on {device}")
+    if source.type == device.type:
+        source = device
+    return torch.randn(list(shape), generator=generator, device=source, dtype=dtype).to(device)
+
+
+class Scheduler(Configurable):
+    """The base of all schedulers.
+
+    A subclass makes coefficients, a table `[t, 16]` in float64 with a row per step, and calls
+    `_run` with the row. Tables are made once and kept, by what they depend on and by device.
+    """
+
+    order: ClassVar[int] = 1
+    compatible_names: ClassVar[tuple[str, ...]] = (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+    )
+
+    timesteps: Tensor
+    num_inference_steps: int | None = None
+
+    def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:
+        """Takes timesteps on the host as the schedule, and drops what was made for another."""
+        self._values: list[float] = timesteps.tolist()
+        self._tables: dict[Any, Tensor] = {}
+        self.timesteps = timesteps.to(device)
+        self._schedule = self.timesteps
+        self._first_timestep = self.timesteps.data_ptr()
+        self._timestep_bytes = self.timesteps.element_size()
+
+    @property
+    def compatibles(self) -> list[type["Scheduler"]]:
+        """The schedulers that understand this one's configuration."""
+        from t2p_fast import schedulers
+
+        return [getattr(schedulers, name) for name in self.compatible_names]
+
+    def __len__(self) -> int:
+        length: int = self.config.num_train_timesteps
+        return length
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The sample as the network wants it: here as it is."""
+        return sample
+
+    # Rows -----------------------------------------------------------------------------------------
+
+    def _place(self, timestep: Tensor) -> int | None:
+        """Which of `timesteps` a tensor is, if it is one of its elements, without reading it.
+
+        Loops go over `timesteps`, which may be on a GPU. To read one there would be to wait
+        for everything launched before, and its value is known.
+        """
+        if torch.compiler.is_compiling() or self.timesteps is not self._schedule:
+            return None
+        try:
+            place = (timestep.data_ptr() - self._first_timestep) // self._timestep_bytes
+        except RuntimeError:  # a tensor without memory
+            return None
+        return place if 0 <= place < len(self._values) else None
+
+    def _table(self, key: Any, sample: Tensor, make: Callable[..., Tensor], *args: Any) -> Tensor:
+        """The coefficients that belong to `key`, where the sample is and in the kernel's dtype.
+
+        Made as `make(*args)` where there are none yet.
+        """
+        place = (key, sample.get_device(), sample.dtype is torch.float64)
+        table = self._tables.get(place)
+        if table is None:
+            dtype = torch.float64 if place[2] else torch.float32
+            device = torch.device("cpu") if sample.is_meta else sample.device
+            table = make(*args).to(device=device, dtype=dtype)
+            self._tables[place] = table
+        return table
+
+    # The step -------------------------------------------------------------------------------------
+
+    def _draw(self, like: Tensor, generator: Generator, noise: Tensor | None) -> NoiseSource:
+        """What the kernel needs for noise: a tensor, or whether it draws and from which seed.
+
+        With a generator the noise is that of `torch.randn`, as in diffusers. Without one the kernel
+        draws, from a seed out of torch's default generator: torch.manual_seed makes it repeatable.
+        """
+        if noise is not None:
+            if generator is not None:
+                raise ValueError("pass either generator or variance_noise, not both")
+            return noise.to(like.device), False, 0
+        if generator is not None or torch.compiler.is_compiling():
+            return randn(like.shape, generator, like.device, like.dtype), False, 0
+        return None, True, int(_SEED.random_()) & _MASK
+
+    def _run(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: int,
+        index: Tensor | None = None,
+        uncond_output: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        bound: tuple[int, float, float] = (NO_BOUND, 1.0, 0.0),
+        learned: bool = False,
+        shift: Tensor | None = None,
+        history1: Tensor | None = None,
+        history2: Tensor | None = None,
+        noise: NoiseSource = NO_NOISE,
+        return_x0: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        given, draw, seed = noise
+        return run_step(
+            (
+                sample, model_output, table, index, row, uncond_output, guidance_scale,
+                guidance_rescale, bound[0], bound[1], bound[2], learned, shift, history1, history2,
+                given, draw, None, seed, 0,
+            ),
+            return_x0,
+        )  # fmt: skip
+
+    def _bound(self) -> tuple[int, float, float]:
+        """How `x0` is bounded: kind, limit and quantile."""
+        config = self.config
+        if config.thresholding:
+            return THRESHOLD, float(config.sample_max_value), config.dynamic_thresholding_ratio
+        if config.get("clip_sample", False):
+            return CLIP, float(config.clip_sample_range), 0.0
+        return NO_BOUND, 1.0, 0.0
+
+    def _mix(
+        self, key: Any, sample: Tensor, other: Tensor, make: Callable[[], tuple[Tensor, Tensor]],
+        index: Tensor | int,
+    ) -> Tensor:  # fmt: skip
+        """`a[index] sample + b[index] other`, an index for each sample."""
+        sample, other = torch.broadcast_tensors(sample, other)
+        if sample.is_complex() or not sample.is_floating_point():
+            raise TypeError(f"samples must be of floating point, got {sample.dtype}")
+        table = self._table(key, sample, lambda: mix_coefficients(*make()))
+        row, each = 0, None
+        if isinstance(index, int):
+            row = index
+        else:
+            each = index.to(device=sample.device, dtype=torch.int64).flatten()
+            each = each.expand(len(sample)) if len(each) == 1 else each
+        return self._run(sample, other, table, row, index=each, return_x0=False)[0]
+
+
+_SEED = torch.zeros((), dtype=torch.int64)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the schedulers share that count their steps and know noise levels rather than timesteps."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from t2p_fast.schedulers._base import Scheduler
+
+__all__ = ["SigmaScheduler"]
+
+Array = NDArray[np.float64]
+
+
+class SigmaScheduler(Scheduler):
+    """A scheduler with `sigmas`, one more than it has timesteps.
+
+    The step is counted from the first timestep that it is given, or from `set_begin_index`, as in
+    diffusers; a schedule may visit a timestep twice.
+    """
+
+    # Whether a timestep that occurs twice means its second place, and one that does not the last.
+    lenient: ClassVar[bool] = False
+
+    sigmas: Tensor
+    _step_index: int | None = None
+    _begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The number of the first step, where a pipeline has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sets the number of the first step, which then need not be found by its timestep."""
+        self._begin_index = begin_index
+
+    def _set_sigmas(
+        self, sigmas: Array, timesteps: Tensor, device: torch.device | str | None
+    ) -> None:
+        """Takes levels in float64 with those of the result at their end, and the timesteps."""
+        self._levels = torch.from_numpy(np.ascontiguousarray(sigmas, dtype=np.float64))
+        self.sigmas = self._levels.float()
+        self._given_sigmas = self.sigmas
+        self._step_index = self._begin_index = None
+        self._set_schedule(timesteps, device)
+
+    def _float64_sigmas(self) -> Tensor:
+        """The levels; those that somebody has put into `sigmas` where that was changed."""
+        if self.sigmas is not self._given_sigmas:
+            self._given_sigmas = self.sigmas
+            self._levels = self.sigmas.double().cpu()
+            self._tables = {}
+        return self._levels
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """The number of the step at a timestep: of two equal ones the second.
+
+        Raises:
+            ValueError: No step has it.
+        """
+        if schedule_timesteps is None and self.timesteps is not self._schedule:
+            schedule_timesteps = self.timesteps  # somebody has changed them
+        if schedule_timesteps is None:
+            values = self._values
+            if isinstance(timestep, Tensor):
+                place = self._place(timestep)
+                timestep = timestep.item() if place is None else values[place]
+        else:
+            values = schedule_timesteps.tolist()
+        found = [i for i, value in enumerate(values) if value == float(timestep)]
+        if not found:
+            if self.lenient:
+                return len(values) - 1
+            raise ValueError(
+                f"{type(self).__name__}: timestep {float(timestep)} is not one of its timesteps"
+            )
+        return found[min(1, len(found) - 1)]
+
+    def _init_step_index(self, timestep: Any) -> None:
+        begin = self._begin_index
+        self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+
+    def _next_step(self, timestep: Any) -> int:
+        """The number of the step to do, and counts on."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        step = self._step_index
+        assert step is not None
+        if step >= len(self._values):
+            raise ValueError(
+                f"{type(self).__name__}.step: all {len(self._values)} steps are done; call "
+                "set_timesteps to begin again"
+            )
+        self._step_index = step + 1
+        return step
+
+    def _refuse_integer(self, timestep: Any) -> None:
+        is_integer = isinstance(timestep, int) or (
+            isinstance(timestep, Tensor) and timestep.dtype in (torch.int32, torch.int64)
+        )
+        if is_integer:
+            raise ValueError(
+                f"Passing integer indices (e.g. from `enumerate(timesteps)`) as timesteps to "
+                f"`{type(self).__name__}.step()` is not supported. Make sure to pass one of the "
+                "`scheduler.timesteps` as a timestep."
+            )
+
+    def _steps_of(self, timesteps: Tensor | Sequence[float]) -> Tensor | int:
+        """The step of each timestep, found where the timesteps are."""
+        if self._begin_index is not None:
+            return self._begin_index if self._step_index is None else self._step_index
+        given = torch.as_tensor(timesteps).flatten()
+        schedule = self.timesteps.to(given.device)
+        equal = schedule[None] == given[:, None].to(schedule.dtype)
+        first = equal.int().argmax(1)
+        others = equal.scatter(1, first[:, None], False)
+        found = torch.where(others.any(1), others.int().argmax(1), first)
+        missing = len(self._values) - 1 if self.lenient else -1  # -1 raises, or gives NaN on a GPU
+        return torch.where(equal.any(1), found, missing)
+
+    def _mix_at(
+        self, name: str, sample: Tensor, noise: Tensor, timesteps: Tensor, scales: Any
+    ) -> Tensor:
+        self._float64_sigmas()
+        return self._mix(name, sample, noise, scales, self._steps_of(timesteps))
