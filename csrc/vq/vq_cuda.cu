@@ -6,53 +6,26 @@
 //                    index    = argmin over {j : score[j] <= limit} of |x - c_j|^2 in float64
 //
 // The scan keeps the best and the second best score of every row. Where the second is beyond the
-// limit the best is proven; the other rows, few, are searched again by a warp each.
+// limit the best is proven; the other rows, few, are searched again.
+//
+// nearest_cuda chooses between this road and the one through tensor cores, vq_cuda_mma.cu.
 #include <cuda_runtime.h>
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
-#include "vq/vq.h"
+#include "vq/vq_cuda.cuh"
 
 namespace t2p::vq {
 namespace {
 
 using std::int64_t;
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // The scan's tile: 64 rows by 128 codes by 16 channels, 4 x 8 scores in each of 256 threads.
 constexpr int kTileRows = 64, kTileCodes = 128, kTileChannels = 16;
 constexpr int kThreadsX = 16, kThreadsY = 16, kThreads = kThreadsX * kThreadsY;
 constexpr int kRowsPerThread = kTileRows / kThreadsY, kCodesPerThread = kTileCodes / kThreadsX;
-
-__device__ float infinity() { return __int_as_float(0x7f800000); }
-
-__device__ int64_t row_offset(int64_t r, int64_t inner, int64_t outer_stride,
-                              int64_t inner_stride) {
-  return (r / inner) * outer_stride + (r % inner) * inner_stride;
-}
-
-template <class T>
-__device__ T warp_sum(T value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-// Bound on 2 |s - S| and on a norm from its computed square, as in vq-inl.h.
-__device__ float twice_error_bound(float x, float radius, int64_t d) {
-  const float steps = static_cast<float>(d + 16);
-  const float relative = steps * 0x1p-24f;
-  if (relative > 0.25f) return infinity();
-  return 2.1f / (1 - relative) * relative * (radius * (x + radius)) +
-         4 * steps * FLT_MIN * (1 + x + radius);
-}
-__device__ float norm_bound(float squares, int64_t d) {
-  return 1.001f * sqrtf(squares + static_cast<float>(d) * FLT_MIN);
-}
 
 struct Best {
   float score, second;
@@ -72,14 +45,6 @@ struct Best {
   }
 };
 
-// How the workspace is used: what is prepared of the codebook, then the best of every split.
-struct Workspace {
-  float* center;           // [d]
-  float* half_norms;       // [k]
-  int* largest_half_norm;  // [1], a float >= 0 by its bits, which order as integers do
-  Best* best;              // [splits, n]
-};
-
 // Row blocks alone may not fill the device: then the codes are split as well.
 int64_t split_count(int64_t n, int64_t k) {
   constexpr int64_t kBlocksWanted = 512;
@@ -89,29 +54,16 @@ int64_t split_count(int64_t n, int64_t k) {
   return splits < 1 ? 1 : (splits < tiles ? splits : tiles);
 }
 
-// The mean of up to 256 codes, as in vq.cpp.
-__global__ void center_kernel(const float* __restrict__ codebook, int64_t k, int64_t d,
-                              Workspace workspace) {
-  const int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (t == 0) *workspace.largest_half_norm = 0;
-  if (t >= d) return;
-  const int64_t samples = k < 256 ? k : 256;
-  double sum = 0;
-  for (int64_t s = 0; s < samples; ++s) sum += codebook[s * k / samples * d + t];
-  const float mean = static_cast<float>(sum / static_cast<double>(samples));
-  workspace.center[t] = isfinite(mean) ? mean : 0.0f;
-}
-
 // One warp per code.
-__global__ void norms_kernel(const float* __restrict__ codebook, int64_t k, int64_t d,
-                             Workspace workspace) {
+__global__ void norms_kernel(Prepared codes) {
+  const int64_t d = codes.d;
   const int64_t j = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
-  if (j >= k) return;
+  if (j >= codes.k) return;
   float squares = 0;
   bool finite = true;
   for (int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) {
-    const float c = codebook[j * d + t];
-    const float centred = c - workspace.center[t];
+    const float c = codes.codebook[j * d + t];
+    const float centred = c - codes.center[t];
     finite = finite && isfinite(c);
     squares = fmaf(centred, centred, squares);
   }
@@ -120,9 +72,9 @@ __global__ void norms_kernel(const float* __restrict__ codebook, int64_t k, int6
   if (threadIdx.x % kWarp != 0) return;
   // A code with a NaN or an infinity: an infinite score, and no part in the error bound. A finite
   // one whose norm overflows makes the bound infinite, so that float64 decides.
-  workspace.half_norms[j] = finite && isfinite(half) ? half : infinity();
+  codes.half_norms[j] = finite && isfinite(half) ? half : infinity();
   if (finite)
-    atomicMax(workspace.largest_half_norm, __float_as_int(isfinite(half) ? half : infinity()));
+    atomicMax(codes.largest_half_norm, __float_as_int(isfinite(half) ? half : infinity()));
 }
 
 // Copies a [kCount, kTileChannels] part of centred vectors to shared memory, transposed.
@@ -140,20 +92,19 @@ __device__ void load_tile(float (*tile)[kCount + 4], const float* const* vectors
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    scan_kernel(Rows<const float> x, const float* __restrict__ codebook, int64_t k,
-                int64_t tiles_per_split, Workspace workspace) {
+    scan_kernel(Rows<const float> x, Prepared codes, int64_t tiles_per_split,
+                Best* __restrict__ best_of_splits) {
   __shared__ float row_tile[kTileChannels][kTileRows + 4];
   __shared__ float code_tile[kTileChannels][kTileCodes + 4];
   __shared__ const float* row_pointers[kTileRows];
   __shared__ const float* code_pointers[kTileCodes];
 
   const int tx = threadIdx.x % kThreadsX, ty = threadIdx.x / kThreadsX;
-  const int64_t n = x.outer * x.inner, d = x.d;
+  const int64_t n = x.outer * x.inner, d = codes.d, k = codes.k;
   const int64_t first_row = blockIdx.x * int64_t{kTileRows};
   for (int i = threadIdx.x; i < kTileRows; i += kThreads) {
     const int64_t r = first_row + i;
-    row_pointers[i] =
-        r < n ? x.data + row_offset(r, x.inner, x.outer_stride, x.inner_stride) : nullptr;
+    row_pointers[i] = r < n ? row_pointer(x, r) : nullptr;
   }
 
   Best best[kRowsPerThread];
@@ -164,28 +115,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t code = first_code; code < last_code; code += kTileCodes) {
     for (int i = threadIdx.x; i < kTileCodes; i += kThreads) {
       // A code of infinite norm never wins, and must not turn its neighbours' sums into NaN.
-      const bool usable = code + i < k && workspace.half_norms[code + i] < infinity();
-      code_pointers[i] = usable ? codebook + (code + i) * d : nullptr;
+      const bool usable = code + i < k && codes.half_norms[code + i] < infinity();
+      code_pointers[i] = usable ? codes.codebook + (code + i) * d : nullptr;
     }
     float products[kRowsPerThread][kCodesPerThread] = {};
     for (int64_t t = 0; t < d; t += kTileChannels) {
       __syncthreads();
-      load_tile<kTileRows>(row_tile, row_pointers, x.channel_stride, workspace.center, t, d,
+      load_tile<kTileRows>(row_tile, row_pointers, x.channel_stride, codes.center, t, d,
                            x.channel_stride == 1);
-      load_tile<kTileCodes>(code_tile, code_pointers, 1, workspace.center, t, d, true);
+      load_tile<kTileCodes>(code_tile, code_pointers, 1, codes.center, t, d, true);
       __syncthreads();
 #pragma unroll
       for (int u = 0; u < kTileChannels; ++u) {
-        float rows[kRowsPerThread], codes[kCodesPerThread];
+        float row[kRowsPerThread], column[kCodesPerThread];
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) rows[i] = row_tile[u][ty + i * kThreadsY];
+        for (int i = 0; i < kRowsPerThread; ++i) row[i] = row_tile[u][ty + i * kThreadsY];
 #pragma unroll
-        for (int j = 0; j < kCodesPerThread; ++j) codes[j] = code_tile[u][tx + j * kThreadsX];
+        for (int j = 0; j < kCodesPerThread; ++j) column[j] = code_tile[u][tx + j * kThreadsX];
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
 #pragma unroll
           for (int j = 0; j < kCodesPerThread; ++j) {
-            products[i][j] = fmaf(rows[i], codes[j], products[i][j]);
+            products[i][j] = fmaf(row[i], column[j], products[i][j]);
           }
         }
       }
@@ -193,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int j = 0; j < kCodesPerThread; ++j) {
       const int64_t index = code + tx + j * kThreadsX;
-      const float half_norm = index < k ? workspace.half_norms[index] : infinity();
+      const float half_norm = index < k ? codes.half_norms[index] : infinity();
 #pragma unroll
       for (int i = 0; i < kRowsPerThread; ++i) {
         best[i].offer(half_norm - products[i][j], static_cast<int>(index));
@@ -210,184 +161,121 @@ __global__ void __launch_bounds__(kThreads, 2)
                      __shfl_xor_sync(kAllLanes, best[i].index, step)});
     }
     const int64_t r = first_row + ty + i * kThreadsY;
-    if (tx == 0 && r < n) workspace.best[blockIdx.y * n + r] = best[i];
+    if (tx == 0 && r < n) best_of_splits[blockIdx.y * n + r] = best[i];
   }
 }
 
-// One warp per row: joins the splits, and where the best is not proven searches all codes again.
-__global__ void resolve_kernel(Rows<const float> x, const float* __restrict__ codebook, int64_t k,
-                               int splits, Workspace workspace, int64_t* __restrict__ indices,
-                               float* __restrict__ distance) {
-  const int64_t n = x.outer * x.inner, d = x.d;
+// One warp per row: joins the splits, and notes the row if its best is not proven.
+__global__ void resolve_kernel(Rows<const float> x, Prepared codes, int splits,
+                               const Best* __restrict__ best_of_splits,
+                               int64_t* __restrict__ indices, float* __restrict__ distance) {
+  const int64_t n = x.outer * x.inner, d = codes.d;
   const int64_t r = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (r >= n) return;
-  const float* row = x.data + row_offset(r, x.inner, x.outer_stride, x.inner_stride);
+  const float* row = row_pointer(x, r);
 
   float squares = 0;
   bool finite = true;
   for (int64_t t = lane; t < d; t += kWarp) {
     const float value = row[t * x.channel_stride];
-    const float centred = value - workspace.center[t];
+    const float centred = value - codes.center[t];
     finite = finite && isfinite(value);
     squares = fmaf(centred, centred, squares);
   }
   if (!__all_sync(kAllLanes, finite)) {
     if (lane == 0) {
       indices[r] = 0;
-      distance[r] = __int_as_float(0x7fc00000);
+      distance[r] = not_a_number();
     }
     return;
   }
-  Best best = workspace.best[r];
-  for (int s = 1; s < splits; ++s) best.merge(workspace.best[s * n + r]);
-  const float radius = norm_bound(2 * __int_as_float(*workspace.largest_half_norm), d);
+  Best best = best_of_splits[r];
+  for (int s = 1; s < splits; ++s) best.merge(best_of_splits[s * n + r]);
+  const float radius = norm_bound(2 * __int_as_float(*codes.largest_half_norm), d);
   const float limit = best.score + twice_error_bound(norm_bound(warp_sum(squares), d), radius, d);
-
-  const auto distance64 = [&](int64_t code) {
-    double sum = 0;
-    for (int64_t t = lane; t < d; t += kWarp) {
-      const double difference =
-          static_cast<double>(row[t * x.channel_stride]) - codebook[code * d + t];
-      sum = fma(difference, difference, sum);
-    }
-    return warp_sum(sum);
-  };
-  if (limit < infinity() && best.second > limit) {
-    const double exact = distance64(best.index);
-    if (lane == 0) {
-      indices[r] = best.index;
-      distance[r] = static_cast<float>(exact);
-    }
+  if (!(limit < infinity() && best.second > limit)) {
+    if (lane == 0) leave_undecided(codes, r);
     return;
   }
-  double nearest = infinity();
-  int64_t index = 0;
-  for (int64_t j = 0; j < k; ++j) {
-    float product = 0;
-    for (int64_t t = lane; t < d; t += kWarp) {
-      product = fmaf(row[t * x.channel_stride] - workspace.center[t],
-                     codebook[j * d + t] - workspace.center[t], product);
-    }
-    const float score = workspace.half_norms[j] - warp_sum(product);
-    if (limit < infinity() && score > limit) continue;
-    const double exact = distance64(j);
-    if (exact < nearest) {
-      nearest = exact;
-      index = j;
-    }
-  }
+  const double exact = warp_distance(row, x.channel_stride, codes.codebook + best.index * d, d);
   if (lane == 0) {
-    indices[r] = index;
-    distance[r] = static_cast<float>(nearest);
+    indices[r] = best.index;
+    distance[r] = static_cast<float>(exact);
   }
 }
 
-// One thread per element, along the contiguous direction of `out`.
-__global__ void lookup_kernel(const int64_t* __restrict__ indices,
-                              const float* __restrict__ codebook, int64_t k, Rows<float> out) {
-  const int64_t n = out.outer * out.inner, d = out.d;
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < n * d; e += step) {
-    int64_t r = e / d, t = e % d;
-    if (out.channel_stride != 1) {
-      const int64_t i = e % out.inner, rest = e / out.inner;
-      t = rest % d;
-      r = rest / d * out.inner + i;
-    }
-    const int64_t j = indices[r];
-    const float value = j >= 0 && j < k ? codebook[j * d + t] : __int_as_float(0x7fc00000);
-    out.data[row_offset(r, out.inner, out.outer_stride, out.inner_stride) +
-             t * out.channel_stride] = value;
-  }
+struct Workspace {
+  Prepared codes;
+  Best* best;  // [splits, n]
+  int64_t floats;
+};
+
+Workspace carve(float* base, const float* codebook, int64_t n, int64_t k, int64_t d) {
+  Carver carver(base);
+  Workspace w;
+  w.codes = carver.take_prepared(codebook, k, d, n);
+  w.best = carver.take<Best>(split_count(n, k) * n);
+  w.floats = carver.floats();
+  return w;
 }
 
-// One block per code, one thread per channel; the rows of a code are added in their order.
-__global__ void accumulate_kernel(Rows<const float> x, const int64_t* __restrict__ order,
-                                  const int64_t* __restrict__ begin, int64_t k,
-                                  float* __restrict__ counts, float* __restrict__ sums) {
-  for (int64_t j = blockIdx.x; j < k; j += gridDim.x) {
-    if (threadIdx.x == 0) counts[j] = static_cast<float>(begin[j + 1] - begin[j]);
-    for (int64_t t = threadIdx.x; t < x.d; t += blockDim.x) {
-      double sum = 0;
-      for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
-        sum += x.data[row_offset(order[i], x.inner, x.outer_stride, x.inner_stride) +
-                      t * x.channel_stride];
-      }
-      sums[j * x.d + t] = static_cast<float>(sum);
-    }
-  }
-}
-
-// One block: a fixed order, whatever the device.
-__global__ void total_kernel(const float* __restrict__ distance, int64_t n, double scale,
-                             float* __restrict__ total) {
-  __shared__ double partial[kWarp];
-  double sum = 0;
-  for (int64_t r = threadIdx.x; r < n; r += blockDim.x) sum += distance[r];
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  sum = warp_sum(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : 0.0);
-  if (threadIdx.x == 0) *total = static_cast<float>(scale * sum);
-}
-
-unsigned blocks_for(int64_t threads, int64_t block) {
-  return static_cast<unsigned>((threads + block - 1) / block);
-}
-
-}  // namespace
-
-int64_t workspace_size(int64_t n, int64_t k, int64_t d) {
-  return d + k + 1 + split_count(n, k) * n * static_cast<int64_t>(sizeof(Best) / sizeof(float));
-}
-
-void nearest_cuda(const Rows<const float>& x, const float* codebook, int64_t k, int device,
-                  void* stream, float* workspace, int64_t* indices, float* distance) {
-  const int64_t n = x.count(), d = x.d;
-  if (n == 0) return;
-  const DeviceGuard guard(device, "vq_nearest");
-  const auto s = static_cast<cudaStream_t>(stream);
-  const Workspace w{workspace, workspace + d, reinterpret_cast<int*>(workspace + d + k),
-                    reinterpret_cast<Best*>(workspace + d + k + 1)};
+void nearest_plain(const Rows<const float>& x, const float* codebook, int64_t k, cudaStream_t s,
+                   float* workspace, int64_t* indices, float* distance) {
+  const int64_t n = x.count();
+  const Workspace w = carve(workspace, codebook, n, k, x.d);
   const int64_t tiles = (k + kTileCodes - 1) / kTileCodes, splits = split_count(n, k);
   const int64_t tiles_per_split = (tiles + splits - 1) / splits;
   const int64_t used_splits = (tiles + tiles_per_split - 1) / tiles_per_split;
 
-  center_kernel<<<blocks_for(d, 128), 128, 0, s>>>(codebook, k, d, w);
-  norms_kernel<<<blocks_for(k * kWarp, 256), 256, 0, s>>>(codebook, k, d, w);
+  launch_center(w.codes, s);
+  norms_kernel<<<blocks_for(k * kWarp, 256), 256, 0, s>>>(w.codes);
   const dim3 grid(blocks_for(n, kTileRows), static_cast<unsigned>(used_splits));
-  scan_kernel<<<grid, kThreads, 0, s>>>(x, codebook, k, tiles_per_split, w);
+  scan_kernel<<<grid, kThreads, 0, s>>>(x, w.codes, tiles_per_split, w.best);
   resolve_kernel<<<blocks_for(n * kWarp, 256), 256, 0, s>>>(
-      x, codebook, k, static_cast<int>(used_splits), w, indices, distance);
-  check_launch("vq_nearest");
+      x, w.codes, static_cast<int>(used_splits), w.best, indices, distance);
+  launch_search(x, w.codes, n, s, indices, distance);
 }
 
-void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int device, void* stream,
-                 const Rows<float>& out) {
-  const int64_t elements = out.count() * out.d;
-  if (elements == 0) return;
-  const DeviceGuard guard(device, "vq_lookup");
-  const unsigned blocks = blocks_for(elements < (1 << 24) ? elements : 1 << 24, 256);
-  lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k, out);
-  check_launch("vq_lookup");
+// Where the tensor cores' road is taken. These thresholds are reasoned, not yet measured on a GPU:
+// few channels leave a product of matrices little to do beside the look at its results, few rows
+// little of a codebook's rounding to share, and small searches cost their launches on either road.
+struct TensorCores {
+  int major = 8;
+  int64_t channels = 32, most_channels = 8192;
+  int64_t rows = 16, codes = 128;
+  int64_t scores = 1 << 14;
+
+  bool pay(int64_t n, int64_t k, int64_t d) const {
+    return d >= channels && d <= most_channels && n >= rows && k >= codes && n * k >= scores;
+  }
+};
+constexpr TensorCores kTensorCores;
+
+}  // namespace
+
+int64_t workspace_size(int64_t n, int64_t k, int64_t d) {
+  // Of which device is not known here.
+  const int64_t plain = carve(nullptr, nullptr, n, k, d).floats;
+  const int64_t mma = kTensorCores.pay(n, k, d) ? workspace_size_mma(n, k, d) : 0;
+  return plain > mma ? plain : mma;
 }
 
-void accumulate_cuda(const Rows<const float>& x, const int64_t* order, const int64_t* begin,
-                     int64_t k, int device, void* stream, float* counts, float* sums) {
-  const DeviceGuard guard(device, "vq_accumulate");
-  const unsigned blocks = static_cast<unsigned>(k < 65536 ? k : 65536);
-  accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(x, order, begin, k,
-                                                                           counts, sums);
-  check_launch("vq_accumulate");
-}
-
-void total_cuda(const float* distance, int64_t n, double scale, int device, void* stream,
-                float* total) {
-  const DeviceGuard guard(device, "vq_quantize");
-  total_kernel<<<1, 1024, 0, static_cast<cudaStream_t>(stream)>>>(distance, n, scale, total);
-  check_launch("vq_quantize");
+void nearest_cuda(const Rows<const float>& x, const float* codebook, int64_t k, int device,
+                  void* stream, float* workspace, int64_t* indices, float* distance) {
+  constexpr const char* kOp = "vq_nearest";
+  const int64_t n = x.count();
+  if (n == 0) return;
+  const DeviceGuard guard(device, kOp);
+  const auto s = static_cast<cudaStream_t>(stream);
+  int major = 0;
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
+  if (major >= kTensorCores.major && kTensorCores.pay(n, k, x.d)) {
+    nearest_mma(x, codebook, k, device, s, workspace, indices, distance);
+  } else {
+    nearest_plain(x, codebook, k, s, workspace, indices, distance);
+  }
+  check_launch(kOp);
 }
 
 }  // namespace t2p::vq

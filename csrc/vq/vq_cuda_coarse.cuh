@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the tensor cores' road keeps in the workspace, and its bounds: how far below the largest
+// score that of the nearest code may be, for scores y'.c' - |c'|^2 / 2 in bfloat16. The two bounds
+// are those of vq_bounds-inl.h, and the smaller holds:
+//
+// - Scores are off by at most E = |y - y'| |c| + |y'| |c - c'| + (|c|^2 - |c'|^2) / 2, so the
+// nearest
+//   code's is at most 2E below that of any other.
+// - |y - c| and |y' - c'| differ by at most e = |y - y'| + |c - c'|. A code of score S has
+//   |y' - c'| = D = sqrt(|y'|^2 - 2 S), the nearest then at most D + 2e: its score is at most
+//   2eD + 2e^2 below S. That is little where rows are near to their codes.
+//
+// To both come the roundings of float32. The norms of y, y' and y - y' are measured for every row;
+// for those of c and c - c' the largest of all codes serve.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "vq/vq_cuda.cuh"
+
+namespace t2p::vq {
+
+struct __align__(16) RowBounds {
+  float margin;         // 2E; -1 gives the row up, NaN says that it is not finite
+  float half_norm;      // |y'|^2 / 2 and what scores are off by
+  float slope, offset;  // 2eD + 2e^2 = slope * sqrt(D^2 / 2) + offset
+
+  // The margin below a score.
+  __device__ float below(float score) const {
+    return fminf(margin, slope * sqrtf(fmaxf(half_norm - score, 0.0f)) + offset);
+  }
+};
+
+// A list holds, for every row, the codes of one split and column of warps that may be nearest.
+constexpr int kCapacity = 16;
+struct Candidate {
+  float score;
+  int index;
+};
+struct List {
+  float best;  // of all codes looked at, -inf if none can be used
+  int count;   // beyond kCapacity: the row is given up
+};
+
+// Rows and codes are [chunks, vectors, kChunk], so that what a block loads of a chunk is
+// contiguous. Vectors, and channels, are filled up with zeros.
+constexpr int kChunk = 32;
+struct Coarse {
+  std::int64_t chunks, padded_rows, padded_codes;
+  __nv_bfloat16 *rows, *codes;
+  float* bias;            // [padded_codes], -|c'|^2 / 2; -inf for what is no code or not finite
+  RowBounds* bounds;      // [padded_rows]
+  List* lists;            // [lists, padded_rows]
+  Candidate* candidates;  // [lists, padded_rows, kCapacity]
+};
+
+void launch_round_codes(const Prepared& codes, const Coarse& coarse, cudaStream_t stream);
+
+// Of the rows [first, first + count); none is undecided afterwards.
+void launch_round_rows(const Rows<const float>& x, std::int64_t first, std::int64_t count,
+                       const Prepared& codes, const Coarse& coarse, cudaStream_t stream);
+
+__device__ inline RowBounds bound_row(float squares, float near_squares, float off_squares,
+                                      float largest_half_norm, float largest_rounding,
+                                      std::int64_t d) {
+  const float radius = norm_bound(2 * largest_half_norm, d);
+  const float rounding = norm_bound(largest_rounding, d);
+  const float off = norm_bound(off_squares, d), norm = norm_bound(squares, d) + off;
+  const float code_norm = radius + rounding;
+  // Of float32: once for what centring does to scores, as in vq-inl.h. Tensor cores add 16 products
+  // to a sum and may truncate each of the 17 to 24 bits of the largest, no sum being more than
+  // code_norm (norm + code_norm): in d / 16 of them that is less than 2.2 of such bounds.
+  const float rounded = 4 * twice_error_bound(norm, code_norm, d);
+  const float margin = 2.02f * (off * radius + norm * rounding + rounding * code_norm) + rounded;
+  // Centring moves rows and codes by 2^-24 of their norms.
+  const float moved = off + rounding + 0x1p-21f * (norm + radius);
+  RowBounds bounds;
+  bounds.margin = margin < 1e37f && code_norm * (norm + code_norm) < 1e37f ? margin : -1.0f;
+  bounds.half_norm = 0.5f * near_squares * (1 + static_cast<float>(d + 32) * 0x1p-23f) + rounded;
+  bounds.slope = 2.86f * moved;
+  bounds.offset = 2.02f * moved * moved + rounded;
+  return bounds;
+}
+
+}  // namespace t2p::vq

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What comes after the search on CUDA: codes by index, sums of rows by code, and the loss.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/cuda_check.cuh"
+#include "vq/vq_cuda.cuh"
+
+namespace t2p::vq {
+namespace {
+
+using std::int64_t;
+
+// One thread per element, along the contiguous direction of `out`.
+__global__ void lookup_kernel(const int64_t* __restrict__ indices,
+                              const float* __restrict__ codebook, int64_t k, Rows<float> out) {
+  const int64_t n = out.outer * out.inner, d = out.d;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < n * d; e += step) {
+    int64_t r = e / d, t = e % d;
+    if (out.channel_stride != 1) {
+      const int64_t i = e % out.inner, rest = e / out.inner;
+      t = rest % d;
+      r = rest / d * out.inner + i;
+    }
+    const int64_t j = indices[r];
+    const float value = j >= 0 && j < k ? codebook[j * d + t] : __int_as_float(0x7fc00000);
+    out.data[row_offset(r, out.inner, out.outer_stride, out.inner_stride) +
+             t * out.channel_stride] = value;
+  }
+}
+
+// One block per code, one thread per channel; the rows of a code are added in their order.
+__global__ void accumulate_kernel(Rows<const float> x, const int64_t* __restrict__ order,
+                                  const int64_t* __restrict__ begin, int64_t k,
+                                  float* __restrict__ counts, float* __restrict__ sums) {
+  for (int64_t j = blockIdx.x; j < k; j += gridDim.x) {
+    if (threadIdx.x == 0) counts[j] = static_cast<float>(begin[j + 1] - begin[j]);
+    for (int64_t t = threadIdx.x; t < x.d; t += blockDim.x) {
+      double sum = 0;
+      for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
+        sum += x.data[row_offset(order[i], x.inner, x.outer_stride, x.inner_stride) +
+                      t * x.channel_stride];
+      }
+      sums[j * x.d + t] = static_cast<float>(sum);
+    }
+  }
+}
+
+// One block: a fixed order, whatever the device.
+__global__ void total_kernel(const float* __restrict__ distance, int64_t n, double scale,
+                             float* __restrict__ total) {
+  __shared__ double partial[kWarp];
+  double sum = 0;
+  for (int64_t r = threadIdx.x; r < n; r += blockDim.x) sum += distance[r];
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  sum = warp_sum(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : 0.0);
+  if (threadIdx.x == 0) *total = static_cast<float>(scale * sum);
+}
+
+}  // namespace
+
+void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int device, void* stream,
+                 const Rows<float>& out) {
+  const int64_t elements = out.count() * out.d;
+  if (elements == 0) return;
+  const DeviceGuard guard(device, "vq_lookup");
+  const unsigned blocks = blocks_for(elements < (1 << 24) ? elements : 1 << 24, 256);
+  lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k, out);
+  check_launch("vq_lookup");
+}
+
+void accumulate_cuda(const Rows<const float>& x, const int64_t* order, const int64_t* begin,
+                     int64_t k, int device, void* stream, float* counts, float* sums) {
+  const DeviceGuard guard(device, "vq_accumulate");
+  const unsigned blocks = static_cast<unsigned>(k < 65536 ? k : 65536);
+  accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(x, order, begin, k,
+                                                                           counts, sums);
+  check_launch("vq_accumulate");
+}
+
+void total_cuda(const float* distance, int64_t n, double scale, int device, void* stream,
+                float* total) {
+  const DeviceGuard guard(device, "vq_quantize");
+  total_kernel<<<1, 1024, 0, static_cast<cudaStream_t>(stream)>>>(distance, n, scale, total);
+  check_launch("vq_quantize");
+}
+
+}  // namespace t2p::vq
