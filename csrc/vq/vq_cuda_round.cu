@@ -25,7 +25,7 @@ struct Rounded {
 
 // Centres and rounds vectors [32 b, 32 b + 32) in block b; those from `count` on are zeros.
 // Consecutive threads read along whichever of the two directions is contiguous.
-__device__ Rounded round_vectors(const Rows<const float>& from, int64_t first, int64_t count,
+__device__ Rounded round_vectors(Rows<const float> from, int64_t first, int64_t count,
                                  const float* __restrict__ center, int64_t chunks, int64_t padded,
                                  __nv_bfloat16* __restrict__ to) {
   __shared__ float tile[kRoundedVectors][kChunk + 1];
@@ -33,10 +33,9 @@ __device__ Rounded round_vectors(const Rows<const float>& from, int64_t first, i
   const int64_t begin = blockIdx.x * int64_t{kRoundedVectors};
   const bool channels_contiguous = from.channel_stride == 1;
   const int own = threadIdx.x / 8, own_channel = threadIdx.x % 8 * 4;
-  if (threadIdx.x < kRoundedVectors) {
-    const int64_t i = begin + threadIdx.x;
-    pointers[threadIdx.x] = i < count ? row_pointer(from, first + i) : nullptr;
-  }
+  const int64_t vector = begin + threadIdx.x % kRoundedVectors;
+  const float* pointer = row_pointer(from, first + vector);
+  if (threadIdx.x < kRoundedVectors) pointers[threadIdx.x] = vector < count ? pointer : nullptr;
   Rounded rounded{0, 0, 0, true};
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     __syncthreads();
