@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast import reference
-from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_quantize, vq_topk
+from t2p_fast._library import _C
+from t2p_fast.ops import vq_lookup, vq_nearest, vq_quantize, vq_topk
 from t2p_fast.reference.vq import _distances as distances
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -74,6 +75,33 @@ def test_nearest_is_exact_everywhere(
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
+# On CUDA these go to the tensor cores: edges of tiles (256 rows, 128 codes) and of chunks of 32
+# channels, tiles in one split and in more, rows that stay in shared memory and rows that do not.
+TENSOR_CORE_CASES = [
+    (130, 130, 32), (256, 128, 33), (257, 140, 64), (300, 500, 47), (17, 1000, 65), (16, 1024, 450),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "k", "d"), TENSOR_CORE_CASES, ids=lambda v: str(v))
+def test_nearest_is_exact_on_tensor_cores(
+    n: int, k: int, d: int, device: torch.device, emulated: bool
+) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    if emulated:
+        _C.device.launches.clear()
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    if emulated and _C.build_info()["cuda_archs"] != ["75-virtual"]:
+        launched = " ".join(_C.device.launches)
+        assert "coarse_kernel" in launched
+        assert "scan_kernel" not in launched
+
+
+@pytest.mark.not_emulated(reason="more rows than the workspace is for at a time")
+def test_nearest_of_more_rows_than_a_slab(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(135168 + 300, 128, 32))
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+
+
 # What the coarse stage has to get right: its bounds, its formats, many candidates and none.
 HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rows of all sizes": lambda x, c: (x * 10 ** torch.linspace(-6, 6, len(x))[:, None], c),
@@ -92,15 +120,22 @@ HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "all alike": lambda x, c: (x * 0 + 1, c * 0 + 1),
     "tiny": lambda x, c: (x * 1e-13, c * 1e-13),
     "large": lambda x, c: (x * 1e12, c * 1e12),
+    "duplicates": lambda x, c: (x, c[torch.arange(len(c)) // 3]),
+    "more duplicates than a list holds": lambda x, c: (x, c[torch.arange(len(c)) // 50]),
+    "sorted, the nearest last": lambda x, c: (x, c[(x[0] - c).square().sum(1).argsort().flip(0)]),
+    "far from the origin": lambda x, c: (x + 1e4, c + 1e4),
+    "below what can be squared": lambda x, c: (x * 1e-30, c * 1e-30),
 }
 
 
 @pytest.mark.parametrize("hard", HARD)
-@pytest.mark.parametrize(("n", "k", "d"), [(130, 3000, 5), (130, 9000, 8), (130, 500, 100)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(130, 3000, 5), (130, 9000, 8), (130, 500, 100), (40, 420, 33)]
+)
 def test_nearest_is_exact_on_hard_data(
     hard: str, n: int, k: int, d: int, device: torch.device, emulated: bool
 ) -> None:
-    k = k // 5 if emulated else k
+    k = k // 5 if emulated and n == 130 else k
     x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
@@ -223,8 +258,9 @@ def test_nearest_with_clusters_far_apart(device: torch.device) -> None:
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
-def test_nearest_of_huge_values(device: torch.device) -> None:
-    x, codebook = (t.to(device) * 5e37 for t in _case(100, 200, 8))
+@pytest.mark.parametrize(("n", "k", "d"), [(100, 200, 8), (60, 280, 33)])
+def test_nearest_of_huge_values(n: int, k: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) * 5e37 for t in _case(n, k, d))
     indices, distance = vq_nearest(x, codebook, return_distance=True)
     chosen = (x.double() - codebook.double()[indices]).square().sum(-1)
     _, best = reference.vq_nearest(x.double(), codebook.double(), return_distance=True)
@@ -232,16 +268,19 @@ def test_nearest_of_huge_values(device: torch.device) -> None:
     assert distance.isinf().all()  # 1e75 is beyond float32
 
 
-def test_nearest_ties_go_to_the_lowest_index(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(100, 7, 24))
-    repeated = codebook.repeat(100, 1)
+@pytest.mark.parametrize("d", [24, 33])
+@pytest.mark.parametrize("times", [3, 100])
+def test_nearest_ties_go_to_the_lowest_index(times: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(50, 700 // times, d))
+    repeated = codebook.repeat(times, 1)
     assert torch.equal(vq_nearest(x, repeated), vq_nearest(x, codebook))
-    assert (vq_nearest(x, torch.zeros(500, 24, device=device)) == 0).all()
+    assert (vq_nearest(x, torch.zeros(500, d, device=device)) == 0).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nearest_of_rows_not_finite(bad: float, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(70, 100, 9))
+@pytest.mark.parametrize(("k", "d"), [(100, 9), (300, 40)])
+def test_nearest_of_rows_not_finite(bad: float, k: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(70, k, d))
     clean = vq_nearest(x, codebook)
     x[3, 4] = x[69, 0] = bad
     indices, distance = vq_nearest(x, codebook, return_distance=True)
@@ -253,11 +292,14 @@ def test_nearest_of_rows_not_finite(bad: float, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nearest_never_chooses_a_code_not_finite(bad: float, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(70, 100, 9))
+@pytest.mark.parametrize(("k", "d"), [(100, 9), (300, 40)])
+def test_nearest_never_chooses_a_code_not_finite(
+    bad: float, k: int, d: int, device: torch.device
+) -> None:
+    x, codebook = (t.to(device) for t in _case(70, k, d))
     spoiled = codebook.clone()
     spoiled[::3, 5] = bad
-    keep = torch.arange(100, device=device)[torch.arange(100, device=device) % 3 != 0]
+    keep = torch.arange(k, device=device)[torch.arange(k, device=device) % 3 != 0]
     assert torch.equal(vq_nearest(x, spoiled), keep[vq_nearest(x, codebook[keep])])
     indices, distance = vq_nearest(x, torch.full_like(codebook, bad), return_distance=True)
     assert (indices == 0).all()
@@ -276,23 +318,24 @@ def test_nearest_of_no_rows(k: int, device: torch.device) -> None:
 
 
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "sequence": (lambda x: x.reshape(2, 105, 12), -1),
-    "image": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 1, 2).contiguous(), 1),
-    "channels-last": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 1, 2), 1),
+    "sequence": (lambda x: x.reshape(2, 105, -1), -1),
+    "image": (lambda x: x.reshape(2, 15, 7, -1).permute(0, 3, 1, 2).contiguous(), 1),
+    "channels-last": (lambda x: x.reshape(2, 15, 7, -1).permute(0, 3, 1, 2), 1),
     "transposed": (lambda x: x.t().contiguous().t(), 1),
     "channels-first": (lambda x: x.t().contiguous(), 0),
     "strided": (lambda x: torch.stack([x, x * 0], -1).flatten(1)[:, ::2], 1),
-    "expanded": (lambda x: x[:1].expand(210, 12), 1),
-    "swapped": (lambda x: x.reshape(2, 15, 7, 12).permute(0, 3, 2, 1), 1),
+    "expanded": (lambda x: x[:1].expand(210, -1), 1),
+    "swapped": (lambda x: x.reshape(2, 15, 7, -1).permute(0, 3, 2, 1), 1),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("k", "d"), [(33, 12), (130, 35)])
+def test_layouts(layout: str, k: int, d: int, device: torch.device) -> None:
     arrange, dim = LAYOUTS[layout]
-    rows, codebook = (t.to(device) for t in _case(210, 33, 12))
+    rows, codebook = (t.to(device) for t in _case(210, k, d))
     x = arrange(rows)
-    plain = x.movedim(dim, -1).reshape(-1, 12).contiguous()
+    plain = x.movedim(dim, -1).reshape(-1, d).contiguous()
     shape = x.movedim(dim, -1).shape[:-1]
     indices = vq_nearest(x, codebook, channel_dim=dim)
     assert torch.equal(indices, vq_nearest(plain, codebook).view(shape))
@@ -531,43 +574,3 @@ def test_topk_errors(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"x has 3 channels but codebook is \[5, 2\]"):
         vq_topk(x, codebook[:, :2], 1)
     assert vq_topk(x[:0], codebook, 2)[1].shape == (0, 2)
-
-
-@pytest.mark.parametrize("init", ["random", "kmeans++"])
-def test_kmeans_finds_separated_clusters(init: str, device: torch.device) -> None:
-    torch.manual_seed(0)
-    centers = 100 * torch.randn(8, 5, device=device)
-    x = centers.repeat_interleave(50, 0) + torch.randn(400, 5, device=device)
-    generator = torch.Generator().manual_seed(1)
-    result = kmeans(x, 8, iterations=20, init=init, generator=generator)
-    assert result.inertia < 400 * 5 * 1.5 if init == "kmeans++" else result.inertia.isfinite()
-    assert torch.equal(result.indices, vq_nearest(x, result.centroids))
-
-
-def test_kmeans_follows_the_reference(device: torch.device) -> None:
-    x, start = (t.to(device) for t in _case(500, 20, 6))
-    start[5] = start[4]  # an empty cluster at the first step
-    ours = kmeans(x, 20, init=start, iterations=5)
-    truth = reference.kmeans(x.double(), start.double(), iterations=5)
-    torch.testing.assert_close(ours.centroids.double(), truth.centroids, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.inertia.double(), truth.inertia, rtol=1e-5, atol=0)
-
-
-def test_kmeans_errors(device: torch.device) -> None:
-    x = torch.randn(4, 3, device=device)
-    with pytest.raises(ValueError, match=r"kmeans: x must be \[n >= 1, d\], got \[0, 3\]"):
-        kmeans(x[:0], 2)
-    with pytest.raises(ValueError, match="init='best' is not supported"):
-        kmeans(x, 2, init="best")
-    with pytest.raises(ValueError, match=r"init must be \[2, 3\], got \[4, 3\]"):
-        kmeans(x, 2, init=x)
-    assert kmeans(x, 9).centroids.shape == (9, 3)
-
-
-def test_kmeans_compiles() -> None:
-    x, start = _case(300, 12, 5)
-    start[3] = start[2]  # an empty cluster
-    compiled = torch.compile(kmeans, fullgraph=True, backend="aot_eager")
-    ours, truth = (op(x, 12, init=start, iterations=3) for op in (compiled, kmeans))
-    torch.testing.assert_close(ours.centroids, truth.centroids)
-    assert torch.equal(ours.indices, truth.indices)
