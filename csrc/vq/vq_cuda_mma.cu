@@ -32,8 +32,8 @@ using std::int64_t;
 constexpr int kBlockRows = 256, kBlockCodes = 128, kStages = 3;
 constexpr int kColumns = 2, kThreads = 256;
 constexpr int kWarpTile = 64, kRowTiles = kWarpTile / 16, kCodeTiles = kWarpTile / 8;
-constexpr int kPieces = kChunk / 8;  // of 16 bytes, in a vector's chunk
-constexpr int kVectorBytes = kChunk * 2;
+constexpr int kPieces = kChunk / 8;       // of 16 bytes, in a vector's chunk
+constexpr int kVectorBytes = kChunk * 2;  // of a chunk
 constexpr int kRowSlot = kBlockRows * kVectorBytes;
 constexpr int kBiasBytes = kBlockCodes * 4, kCodeSlot = kBlockCodes * kVectorBytes + kBiasBytes;
 
@@ -42,7 +42,7 @@ constexpr int64_t kSlabRows = 528 * kBlockRows;
 
 // Shared memory holds kStages slots of codes, then of rows as many as `row_slots`: where all of the
 // rows' chunks have a slot they are loaded once. In a slot, vector v has its piece p of 16 bytes at
-// 64 v + 16 (p ^ v / 2 % 4): any 8 vectors' pieces p lie in different banks.
+// 64 v + 16 (p ^ v / 2 % 4): the pieces p of 8 vectors in a row lie in different banks.
 __device__ std::uint32_t swizzled(int vector, int piece) {
   return vector * kVectorBytes + (piece ^ (vector / 2 % kPieces)) * 16;
 }
@@ -50,7 +50,7 @@ __device__ std::uint32_t swizzled(int vector, int piece) {
 class Pipeline {
  public:
   __device__ Pipeline(const Coarse& coarse, int row_slots)
-      : coarse_(coarse), row_slots_(row_slots), resident_(row_slots >= coarse.chunks) {
+      : coarse_(coarse), resident_(row_slots >= coarse.chunks) {
     extern __shared__ __align__(128) unsigned char shared[];
     codes_ = shared_address(shared);
     rows_ = codes_ + kStages * kCodeSlot;
@@ -87,7 +87,6 @@ class Pipeline {
 
  private:
   const Coarse& coarse_;
-  const int row_slots_;
   const bool resident_;
   std::uint32_t codes_, rows_;
 };
