@@ -42,7 +42,7 @@ def attempt(name, call):
 found = torch.empty(70, dtype=torch.int64)
 rows = x[:, :, None]
 attempt("as it is", lambda: _C.vq_nearest(
-    rows, codebook, "l2", workspace(), found, torch.empty(70), 1))
+    rows, codebook, "l2", None, workspace(), found, torch.empty(70), 1))
 wide = torch.zeros(70, 18)[:, ::2]
 attempt("a strided output", lambda: _C.vq_lookup(indices, codebook, wide[:, :, None], 1))
 assert torch.equal(wide, codebook[indices])
@@ -85,7 +85,7 @@ def test_emulated_device() -> None:
     assert "unwritten result: element (0,) of result 1" in found["a result never written"]
     missing = found["an input never written"]
     assert "uninitialised read: nobody has written to distance + 0 of 280 bytes" in missing
-    assert re.search(r"in t2p::vq::total_kernel at vq_cuda\.cu:\d+", missing)
+    assert re.search(r"in t2p::vq::total_kernel at vq_cuda_sums\.cu:\d+", missing)
     assert lines[-1].startswith("error: vq_lookup: indices")
 
 
