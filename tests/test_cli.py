@@ -362,9 +362,12 @@ def test_stopped_training_says_how_to_go_on(
         if len(writes) == 2:
             os.kill(os.getpid(), signal_number)
 
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with handled(signal.SIGTERM), monkeypatch.context() as patch:
         patch.setattr(trainer, "write_safetensors", interrupted)
         assert run(*command) == 128 + signal_number
+    signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err.strip()
     place = f"step 1 of 3, saved in {tmp_path / 'run'}"
     assert said == f"t2p-fast: stopped; the same command goes on from {place}"
