@@ -11,6 +11,9 @@
 
 namespace t2p {
 
+// Into how many tasks of b the work a is cut: a / b, rounded up.
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // A borrowed callable `void(std::int64_t task)`; must not outlive the callable it was made from.
 class TaskRef {
  public:

@@ -21,8 +21,6 @@ double log_of(double a) { return std::log(a); }
 
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // An integer that orders as the float does.
 std::uint32_t ordered(float a) {
   const auto word = std::bit_cast<std::uint32_t>(a);

@@ -24,7 +24,7 @@ template <class Body>
 void for_each_row(int threads, std::int64_t r, std::int64_t v, const Body& body) {
   constexpr std::int64_t kLabelsPerTask = 16 * 1024;
   const std::int64_t rows = std::max<std::int64_t>(1, kLabelsPerTask / v);
-  parallel_for(threads, (r + rows - 1) / rows, [&](std::int64_t task) {
+  parallel_for(threads, ceil_div(r, rows), [&](std::int64_t task) {
     thread_local Buffer<float> scratch;
     scratch.reserve(4 * (v + kMostLanes));
     const std::int64_t end = std::min(r, (task + 1) * rows);
@@ -39,7 +39,7 @@ bool by_strips(const Kernels& kernels, const Positions& positions, std::int64_t 
 
 void message_by_strips(const Kernels& kernels, const Edges& edges, const Positions& positions,
                        Values q, std::int64_t v, int threads, MutableValues message) {
-  const std::int64_t strips = (v + kernels.strip - 1) / kernels.strip;
+  const std::int64_t strips = ceil_div(v, kernels.strip);
   parallel_for(threads, positions.b * strips, [&](std::int64_t task) {
     thread_local Buffer<float> columns;
     columns.reserve(positions.n * kernels.strip);

@@ -24,7 +24,7 @@ static_assert(kTask % kChunk == 0);
 // With fewer elements the other threads are not worth waking; noise makes an element dearer.
 constexpr std::int64_t kAlone = 48 * 1024, kAloneWithNoise = 8 * 1024;
 
-std::int64_t tasks_of(std::int64_t n) { return (n + kTask - 1) / kTask; }
+std::int64_t tasks_of(std::int64_t n) { return ceil_div(n, kTask); }
 
 // Calls body(b, begin, end, task number) for all parts of all samples.
 template <class Body>

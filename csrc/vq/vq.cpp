@@ -11,8 +11,6 @@
 namespace t2p::vq {
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 void check_index(const char* op, std::int64_t index, std::int64_t k) {
   if (index < 0 || index >= k) [[unlikely]] {
     throw std::out_of_range(concat(op, ": index ", index, " is outside [0, ", k, ")"));

@@ -20,8 +20,6 @@ constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
 // With so few channels words take no more time than bytes, or may pay for themselves.
 constexpr std::int64_t kLeastByteChannels = 3, kMostWordChannels = 8;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The mean of up to 256 codes. The search is exact about any finite centre; the mean makes its
 // rounding small where the data are far from the origin.
 void find_center(const float* codebook, std::int64_t k, std::int64_t d, float* center) {
