@@ -171,3 +171,32 @@ def test_tokenizer_that_does_not_fit(
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {message}"):
         TextTransformer.from_pretrained(tmp_path)
+
+
+def test_relative_bias_begins_at_the_neighbours(tmp_path: Path) -> None:
+    """Fresh heads see the words next to a word, wherever in the prompt it is."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    config = TextTransformerConfig(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=4, relative_span=3
+    )
+    encoder = TextTransformer(config, tokenizer)
+    bias = encoder.layers[0]._bias(8)  # type: ignore[operator]
+    attention = bias.softmax(-1)
+    for head, offset in ((0, -1), (1, 1)):
+        for query in range(1, 7):
+            assert attention[head, query].argmax() == query + offset
+            assert attention[head, query].amax() > 0.5
+    assert torch.equal(bias[2:], torch.zeros(2, 8, 8))
+    # Beyond the span all offsets are alike.
+    assert torch.equal(bias[:, 7, 0], bias[:, 7, 4])
+    padded = encoder(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[True, True, True, False]]))
+    alone = encoder(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(padded[:, :3], alone)
+
+    encoder.save_pretrained(tmp_path)
+    again = TextTransformer.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        again.encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings
+    )
+    assert "relative_bias" not in str(make_text_encoder().state_dict().keys())

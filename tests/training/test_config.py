@@ -86,7 +86,7 @@ def test_mistakes_in_overrides(override: str) -> None:
 
 
 def test_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config is 'big', expected .* one of \['embedded'"):
+    with pytest.raises(ValueError, match=r"config is 'big', expected .* \['binding', 'embedded'"):
         load_config("muse", "big")
     with pytest.raises(ValueError, match=r"none\.json: not a readable JSON file"):
         load_config("muse", tmp_path / "none.json")

@@ -19,8 +19,8 @@ from torch import Tensor
 pytest.importorskip("accelerate")
 
 from t2p_fast.checkpoints import CheckpointError, read_safetensors, write_safetensors
-from t2p_fast.models.muse import MuseConfig
-from t2p_fast.models.text_encoder import TextTransformerConfig
+from t2p_fast.models.muse import Muse, MuseConfig
+from t2p_fast.models.text_encoder import TextTransformer, TextTransformerConfig
 from t2p_fast.models.vqgan import VQGAN
 from t2p_fast.training.config import (
     DataConfig,
@@ -31,7 +31,7 @@ from t2p_fast.training.config import (
     VQGANTraining,
     load_config,
 )
-from t2p_fast.training.muse import MuseTask
+from t2p_fast.training.muse import MuseTask, rare_mask
 from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
 from tiny_models import make_vqgan, vqgan_config
@@ -239,6 +239,45 @@ def test_starting_from_the_embedded_tokenizer() -> None:
         model.get_parameter("decoder.conv_in.weight"),
         source.get_parameter("decoder.conv_in.weight"),
     )
+
+
+def test_starting_from_a_generator(tmp_path: Path) -> None:
+    make_vqgan().save_pretrained(tmp_path / "tokenizer")
+    config = muse_training(tmp_path, steps=1)
+    first = Trainer(MuseTask(config), tmp_path / "first").train()
+    source = TextTransformer.from_pretrained(first, subfolder="text_encoder")
+    loss = dataclasses.replace(config.loss, initialize_from=str(first))
+    run = dataclasses.replace(config.run, seed=5)
+    model = MuseTask(dataclasses.replace(config, loss=loss, run=run)).modules["muse"]
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.get_parameter(f"text_encoder.{key}"), value)
+    muse = Muse.from_pretrained(first, subfolder="muse")
+    for key, parameter in muse.named_parameters():
+        assert torch.equal(model.get_parameter(f"muse.{key}"), parameter)
+
+    # A text encoder of another kind begins anew, with the words of the first.
+    other = dataclasses.replace(config.text, relative_span=2)
+    task = MuseTask(dataclasses.replace(config, text=other, loss=loss, run=run))
+    assert task.tokenizer.to_str() == source.tokenizer.to_str()
+    fresh = task.modules["muse"].get_parameter("text_encoder.token_embedding.weight")
+    assert not torch.equal(fresh, source.token_embedding.weight)
+    wide = dataclasses.replace(config.model, hidden_size=32)
+    with pytest.raises(ValueError, match=r"initialize_from, .*, is MuseConfig\(.*, expected"):
+        MuseTask(dataclasses.replace(config, model=wide, loss=loss))
+
+
+def test_masks_of_rare_tokens_hide_what_is_rare() -> None:
+    torch.manual_seed(0)
+    tokens = torch.zeros(64, 50, dtype=torch.int64)
+    tokens[:, 20:30] = torch.randint(1, 500, (64, 10))  # an object on its background
+    masked = rare_mask(tokens, 500)
+    share = masked.sum(1) / 50
+    assert 0.2 <= share.min() < 0.3
+    assert 0.9 < share.max() <= 1
+    few = masked[share < 0.5]
+    assert few[:, 20:30].float().mean() > 0.95
+    assert few[:, :20].float().mean() < 0.3
+    assert rare_mask(torch.zeros(3, 1, dtype=torch.int64), 1).all()
 
 
 def test_models_of_other_than_three_channels_are_refused(tmp_path: Path) -> None:

@@ -49,18 +49,24 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class TextTransformerConfig:
-    """Architecture of a :class:`TextTransformer`."""
+    """Architecture of a :class:`TextTransformer`.
+
+    ``relative_span``: tokens up to so far apart attend with a learned bias of their offset; with 0
+    there is the position embedding alone.
+    """
 
     vocab_size: int = 512
     max_length: int = 40
     hidden_size: int = 256
     num_layers: int = 2
     num_heads: int = 4
+    relative_span: int = 0
 
     def __post_init__(self) -> None:
         check_numbers(
             self, "TextTransformerConfig: ", vocab_size="[1, 1048576]", max_length="[1, 65536]",
             hidden_size="[1, 16384]", num_layers="[1, 256]", num_heads="[1, 256]",
+            relative_span="[0, 65536]",
         )  # fmt: skip
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -82,7 +88,8 @@ class TextTransformer(PretrainedModel):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(config.max_length, width))
         self.layers = nn.ModuleList(
-            _TextLayer(width, config.num_heads) for _ in range(config.num_layers)
+            _TextLayer(width, config.num_heads, config.relative_span)
+            for _ in range(config.num_layers)
         )
         self.norm_out = nn.LayerNorm(width)
         # Words large beside what the layers add at first: which word it is must not drown.
@@ -170,7 +177,7 @@ class TextTransformer(PretrainedModel):
 
 
 class _TextLayer(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, relative_span: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
@@ -179,15 +186,45 @@ class _TextLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+        self.relative_bias: nn.Parameter | None = None
+        if relative_span > 0:
+            self.relative_bias = nn.Parameter(_first_bias(num_heads, relative_span))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         b, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.relative_bias is not None:
+            mask = self._bias(length).to(q.dtype).masked_fill(~mask, -torch.inf)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.proj(h.transpose(1, 2).reshape(b, length, width))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x
+
+    def _bias(self, length: int) -> Tensor:
+        """The bias ``[heads, l, l]`` of keys to queries."""
+        assert self.relative_bias is not None
+        span = self.relative_bias.shape[1] // 2
+        position = torch.arange(length, device=self.relative_bias.device)
+        offset = (position[None, :] - position[:, None]).clamp(-span, span) + span
+        return self.relative_bias[:, offset]
+
+
+def _first_bias(num_heads: int, span: int) -> Tensor:
+    """The bias before training, ``[heads, 2 span + 1]``, of key minus query from -span to span.
+
+    Half of the heads begin by looking at the word before, the one after, or the ones next to those,
+    so that which adjective is of which noun need not be discovered from absolute positions: as in
+    `muse.RelativeBias`.
+    """
+    bias = torch.zeros(num_heads, 2 * span + 1)
+    if bias.is_meta:
+        return bias
+    offsets = torch.arange(-span, span + 1)
+    for head in range(num_heads // 2):
+        target = (-1, 1, -2, 2)[head % 4]
+        bias[head] = -1.5 * (offsets - target).square().clamp_max(6)
+    return bias
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -141,14 +141,22 @@ class MuseLossConfig:
         vqgan: the tokenizer, a folder or ``"embedded"``.
         text_drop: share of the prompts that are replaced by ``""`` (10 % in the paper).
         label_smoothing: of the cross-entropy.
+        initialize_from: a trained generator with its text encoder, a folder or ``"embedded"``, from
+            whose weights training begins; a text encoder of another architecture begins anew. Empty
+            begins from nothing.
+        rare_mask: share of the pictures of which the rarest tokens are masked, see `rare_mask`.
     """
 
     vqgan: str = "embedded"
+    initialize_from: str = ""
     text_drop: float = 0.1
     label_smoothing: float = 0.0
+    rare_mask: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loss.", text_drop="[0, 1]", label_smoothing="[0, 1)")
+        check_numbers(
+            self, "loss.", text_drop="[0, 1]", label_smoothing="[0, 1)", rare_mask="[0, 1]",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,33 @@ class MuseWithText(nn.Module):
         return logits
 
 
+def rare_mask(tokens: Tensor, vocab_size: int) -> Tensor:
+    """Masks the rarest tokens of each picture, a share ``U(0.2, 1)`` of them.
+
+    Decoding fills in first what it is sure of: the background. What remains are whole objects, of
+    which only the prompt tells one from the other. Masks drawn evenly hardly ever look like that:
+    with them, a few tokens of an object are seen, and the prompt need not be understood.
+
+    Args:
+        tokens: ``[b, n]``; how rare a token is, is counted in the batch, and blurred by Gumbel
+            noise on the logarithm.
+
+    Returns:
+        Where they are masked, ``[b, n]`` bool, at least one each.
+    """
+    b, n = tokens.shape
+    frequency = torch.bincount(tokens.flatten(), minlength=vocab_size)[tokens].float().log()
+    noise = -torch.rand(b, n, device=tokens.device).clamp_min(1e-6).log().neg().log()
+    rank = (frequency + noise).argsort(1).argsort(1)
+    share = 0.2 + 0.8 * torch.rand(b, 1, device=tokens.device)
+    return rank < (n * share).round().clamp_min(1)
+
+
 class MuseTask(Task):
-    """Cross-entropy of masked tokens, masks by the cosine schedule, prompts now and then empty."""
+    """Cross-entropy of masked tokens, masks by the cosine schedule, prompts now and then empty.
+
+    With ``loss.rare_mask``, some of the masks hide whole objects instead.
+    """
 
     averaged = "muse"
     dataset: PictureDataset
@@ -68,17 +93,29 @@ class MuseTask(Task):
             )
         self.dataset = PictureDataset(config.data, seed=config.run.seed)
         self.held_out = PictureDataset(config.data, split="test")
-        self.tokenizer = self._tokenizer()
+        start: TextTransformer | None = None
+        if config.loss.initialize_from:
+            start = TextTransformer.from_pretrained(
+                config.loss.initialize_from, subfolder="text_encoder"
+            )
+        self.tokenizer = self._tokenizer(start)
         torch.manual_seed(config.run.seed)
         text_encoder = TextTransformer(config.text, self.tokenizer)
         muse = Muse(config.model)
         if config.model.codebook_dim > 0:
             muse.set_codebook(self.vqgan.quantize.codebook)
-        self.modules = {"muse": MuseWithText(muse, text_encoder)}
+        model = MuseWithText(muse, text_encoder)
+        if start is not None:
+            _initialize(model, config.loss.initialize_from, start)
+        self.modules = {"muse": model}
 
-    def _tokenizer(self) -> Tokenizer:
-        count = min(TOKENIZER_CAPTIONS, len(self.dataset))
-        tokenizer = train_tokenizer(self.dataset.captions(count), self.config.text.vocab_size)
+    def _tokenizer(self, start: TextTransformer | None) -> Tokenizer:
+        if start is not None:
+            assert start.tokenizer is not None
+            tokenizer = start.tokenizer
+        else:
+            count = min(TOKENIZER_CAPTIONS, len(self.dataset))
+            tokenizer = train_tokenizer(self.dataset.captions(count), self.config.text.vocab_size)
         if tokenizer.get_vocab_size() > self.config.text.vocab_size:
             raise ValueError(
                 f"train muse: text.vocab_size is {self.config.text.vocab_size}, expected at "
@@ -94,17 +131,22 @@ class MuseTask(Task):
         self.vqgan.to(trainer.device)
         with torch.no_grad():
             tokens = self.vqgan.encode_to_indices(pictures.to(trainer.device)).flatten(1)
-        drop = torch.rand(len(captions)) < self.config.loss.text_drop
+        options, mask_token = self.config.loss, self.config.model.mask_token
+        drop = torch.rand(len(captions)) < options.text_drop
         prompts = ["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)]
         model = trainer.unwrap("muse")
         assert isinstance(model, MuseWithText)
         ids, text_mask = model.text_encoder.tokenize(prompts)
-        masked_tokens, masked = random_mask(tokens, self.config.model.mask_token)
+        masked_tokens, masked = random_mask(tokens, mask_token)
+        if options.rare_mask > 0:
+            rare = torch.rand(len(captions), 1, device=tokens.device) < options.rare_mask
+            masked = torch.where(rare, rare_mask(tokens, mask_token), masked)
+            masked_tokens = tokens.masked_fill(masked, mask_token)
         with _attention_backend(trainer.device):
             with trainer.accelerator.autocast():
                 logits = self.modules["muse"](masked_tokens, ids, text_mask, masked)
             loss = F.cross_entropy(
-                logits.float(), tokens[masked], label_smoothing=self.config.loss.label_smoothing
+                logits.float(), tokens[masked], label_smoothing=options.label_smoothing
             )
             trainer.optimize("muse", loss)
         right = (logits.argmax(-1) == tokens[masked]).float().mean()
@@ -129,3 +171,16 @@ class MuseTask(Task):
         made = to_images(self.vqgan.decode_indices(tokens.view(-1, grid, grid)))
         true = to_images(to_tensor([s.image for s in samples]))
         save_sheet(path, [x[i : i + 8] for i in (0, 8, 16) for x in (true, made)])
+
+
+def _initialize(module: MuseWithText, folder: str, text_encoder: TextTransformer) -> None:
+    """Copies the weights of a trained generator, and of its text encoder if that is of one kind."""
+    muse = Muse.from_pretrained(folder, subfolder=part_of(folder, "muse") or "muse")
+    if muse.config != module.muse.config:
+        raise ValueError(
+            f"train muse: loss.initialize_from, {folder}, is {muse.config}, expected "
+            f"{module.muse.config}"
+        )
+    module.muse.load_state_dict(muse.state_dict())
+    if text_encoder.config == module.text_encoder.config:
+        module.text_encoder.load_state_dict(text_encoder.state_dict())
