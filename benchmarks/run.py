@@ -528,6 +528,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _work(Path(argv[1]))
         return 0
     try:
+        if argv and argv[0] == "markovgen":
+            from .markovgen import main as compare_pipelines
+
+            return compare_pipelines(argv[1:])
         options = _parser().parse_args(argv)
         result = run_benchmarks(
             options.op,

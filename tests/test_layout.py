@@ -21,7 +21,7 @@ LAYERS = {
     "pipelines": ["models", "schedulers", "nn", "checkpoints", "data", "metrics", "ops",
                   "weights", "_checks"],
     "models": ["schedulers", "nn", "checkpoints", "ops", "_checks"],
-    "nn": ["ops", "_checks"],
+    "nn": ["checkpoints", "ops", "_checks"],
     "schedulers": ["ops", "_checks"],
     "checkpoints": ["_checks"],
     "data": ["_checks"],

@@ -211,6 +211,14 @@ def train_muse(
     _train("muse", config, out, set_, device)
 
 
+@train_app.command("mrf")
+def train_mrf(
+    out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
+) -> None:
+    """Train MarkovGen's field on tokens of pictures, or on a generator's last rounds."""
+    _train("mrf", config, out, set_, device)
+
+
 @train_app.command("features")
 def train_features(
     out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
@@ -281,6 +289,10 @@ def _train(kind: str, config: str, out: Path, overrides: list[str] | None, devic
         from t2p_fast.training.muse import MuseTask
 
         task = MuseTask(settings)
+    elif kind == "mrf":
+        from t2p_fast.training.mrf import MRFTask
+
+        task = MRFTask(settings)
     else:
         from t2p_fast.training.features import FeatureEncoderTask
 

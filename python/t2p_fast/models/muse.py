@@ -276,6 +276,8 @@ class Muse(PretrainedModel):
         choice_temperature: float = 4.0,
         known: Tensor | None = None,
         generators: list[torch.Generator] | None = None,
+        exit_step: int | None = None,
+        finish: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Fills in all masked tokens in ``steps`` rounds of predicting and re-masking.
@@ -295,6 +297,11 @@ class Muse(PretrainedModel):
             known: ``[b, n]`` int64, tokens to keep, with the mask token where to fill in;
                 ``None`` fills in everything.
             generators: one per picture, so that a picture does not depend on its batch.
+            exit_step: the round after which to stop, ``finish`` doing the rest; ``None`` and
+                ``steps`` do all.
+            finish: given the last round's scores ``[b, n, V]`` (see `guided_scores`) and the tokens
+                so far, returns all tokens; ``None`` takes the likeliest, each by itself.
+                `TokenMRF.finish` makes them fit each other, as MarkovGen does.
             on_step: called after every round with its number and the tokens so far.
 
         Returns:
@@ -306,6 +313,8 @@ class Muse(PretrainedModel):
             known = torch.full((b, n), mask_token, device=self.device)
         if steps < 1:
             raise ValueError(f"Muse.generate: steps is {steps}, expected at least 1")
+        if exit_step is not None and not 1 <= exit_step <= steps:
+            raise ValueError(f"Muse.generate: exit_step is {exit_step}, expected 1 to {steps}")
         if known.shape != (b, n) or known.min() < 0 or known.max() > mask_token:
             raise ValueError(
                 f"Muse.generate: known is {list(known.shape)} with values {int(known.min())} to "
@@ -354,7 +363,48 @@ class Muse(PretrainedModel):
             ).tokens
             if on_step is not None:
                 on_step(step, tokens)
+            if step + 1 == exit_step and not last:
+                scores = guided_scores(
+                    conditional,
+                    unconditional,
+                    guidance=guidance * (step + 1) / steps,
+                    temperature=temperature,
+                    min_p=min_p,
+                )
+                return (finish or most_likely)(scores, tokens)
         return tokens
+
+
+def guided_scores(
+    conditional: Tensor,
+    unconditional: Tensor | None,
+    *,
+    guidance: float,
+    temperature: float,
+    min_p: float,
+) -> Tensor:
+    """Logits of the distribution that a round draws from, ``[b, n, V]`` float32.
+
+    Args:
+        conditional, unconditional: logits under the prompt and under the negative one.
+        guidance, temperature, min_p: as in :meth:`Muse.generate`; tokens below ``min_p`` get
+            -inf. A temperature of 0 counts as 1: the likeliest tokens are the same.
+    """
+    conditional = conditional.float()
+    scores = conditional
+    if unconditional is not None:
+        scores = torch.lerp(unconditional.float(), conditional, 1 + guidance)
+    if temperature > 0:
+        scores = scores / temperature
+    if min_p > 0:
+        least = conditional.amax(-1, keepdim=True) + math.log(min_p)
+        scores = scores.masked_fill(conditional < least, -torch.inf)
+    return scores
+
+
+def most_likely(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Fills in masked tokens (those that are ``V``), each by itself: an early exit."""
+    return torch.where(tokens == scores.shape[-1], scores.argmax(-1), tokens)
 
 
 def concatenate(a: TextEncoding, b: TextEncoding) -> TextEncoding:

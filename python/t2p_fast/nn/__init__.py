@@ -4,6 +4,7 @@
 from t2p_fast.nn.gumbel_quantizer import GumbelQuantizer
 from t2p_fast.nn.residual_vq import GroupedResidualVQ, ResidualVQ
 from t2p_fast.nn.scalar_quantizers import FSQ, LFQ
+from t2p_fast.nn.token_mrf import TokenMRF, TokenMRFConfig
 from t2p_fast.nn.vector_quantizer import CodebookUsage, VectorQuantizer, codebook_usage
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "GroupedResidualVQ",
     "GumbelQuantizer",
     "ResidualVQ",
+    "TokenMRF",
+    "TokenMRFConfig",
     "VectorQuantizer",
     "codebook_usage",
 ]

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from t2p_fast.checkpoints import check_device, resolve_folder, shown
 from t2p_fast.data.pictures import to_rgb
-from t2p_fast.models.muse import Muse
+from t2p_fast.models.muse import Muse, most_likely
 from t2p_fast.models.text_encoder import TextEncoder, TextTransformer
 from t2p_fast.models.vqgan import VQGAN
 
@@ -43,6 +43,9 @@ class MuseOutput:
 
 class MusePipeline:
     """Draws pictures from prompts; each of its three models can be replaced.
+
+    It goes through all rounds, unless it is given an ``exit_step``; then it takes the likeliest
+    token for each that is masked still.
 
     Args:
         text_encoder: anything that follows the ``TextEncoder`` protocol.
@@ -102,10 +105,18 @@ class MusePipeline:
     def to(self, device: str | torch.device) -> Self:
         """Moves all models."""
         device = check_device("MusePipeline", device)
-        for model in (self.text_encoder, self.muse, self.vqgan):
+        for model in vars(self).values():
             if isinstance(model, torch.nn.Module):
                 model.to(device)
         return self
+
+    def default_exit_step(self, steps: int) -> int:
+        """Where to stop when nothing is said: after all ``steps`` rounds."""
+        return steps
+
+    def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """Fills in what is masked after ``exit_step``; see :meth:`Muse.generate`."""
+        return most_likely(scores, tokens)
 
     @torch.no_grad()
     def __call__(
@@ -122,6 +133,7 @@ class MusePipeline:
         seed: int | None = None,
         image: Image.Image | None = None,
         mask: NDArray[np.bool_] | Tensor | None = None,
+        exit_step: int | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> MuseOutput:
         """Draws ``num_images`` pictures of each prompt.
@@ -139,6 +151,8 @@ class MusePipeline:
                 seed, which the result names.
             image, mask: a picture to inpaint, and which tokens of its grid to draw anew,
                 ``[grid, grid]`` bool; both or none.
+            exit_step: the round after which the tokens that are masked still are all filled in at
+                once; see the class for how. ``None`` takes the default of the class.
             on_step: called after every round with its number and the tokens so far.
 
         Raises:
@@ -159,6 +173,13 @@ class MusePipeline:
             seed = int(torch.randint(1 << 31, ()).item())
         _check_number("num_images", num_images, 1, whole=True)
         _check_number("steps", steps, 1, whole=True)
+        if exit_step is None:
+            exit_step = self.default_exit_step(steps)
+        _check_number("exit_step", exit_step, 1, whole=True)
+        if exit_step > steps:
+            raise ValueError(
+                f"{type(self).__name__}: exit_step is {exit_step}, expected at most steps, {steps}"
+            )
         _check_number("guidance", guidance, 0)
         _check_number("temperature", temperature, 0)
         _check_number("min_p", min_p, 0)
@@ -187,6 +208,8 @@ class MusePipeline:
             choice_temperature=choice_temperature,
             known=known,
             generators=[torch.Generator().manual_seed(s) for s in seeds],
+            exit_step=exit_step,
+            finish=self.finish,
             on_step=on_step,
         )
         # Reading one token waits for an accelerator, so that the clock is honest.

@@ -15,6 +15,7 @@ from t2p_fast.models.feature_encoder import FeatureEncoderConfig
 from t2p_fast.models.muse import MuseConfig
 from t2p_fast.models.text_encoder import TextTransformerConfig
 from t2p_fast.models.vqgan import VQGANConfig
+from t2p_fast.nn import TokenMRFConfig
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -171,6 +172,47 @@ class MuseTraining:
 
 
 @dataclass(frozen=True)
+class MRFLossConfig:
+    """How MarkovGen's field is trained.
+
+    Attributes:
+        vqgan: the tokenizer whose tokens it learns from real pictures, a folder or ``"embedded"``.
+        muse: a generator with its text encoder and tokenizer, a folder or ``"embedded"``, whose
+            last rounds it learns to replace; empty learns from real pictures.
+        initialize_from: a trained field to begin with, a folder or ``"embedded"``; empty begins
+            anew.
+        mask_share: of the tokens of real pictures (20 % in the paper).
+        steps, exit_step: rounds of the generator, and the one after which the field takes over.
+    """
+
+    vqgan: str = "embedded"
+    muse: str = ""
+    initialize_from: str = ""
+    mask_share: float = 0.2
+    steps: int = 32
+    exit_step: int = 20
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, "loss.", mask_share="(0, 1)", steps="[2, 4096]", exit_step="[1, 4095]"
+        )  # fmt: skip
+        if self.exit_step >= self.steps:
+            raise ValueError(
+                f"loss.exit_step is {self.exit_step}, expected less than loss.steps, {self.steps}"
+            )
+
+
+@dataclass(frozen=True)
+class MRFTraining:
+    """A run of ``t2p-fast train mrf``."""
+
+    model: TokenMRFConfig = field(default_factory=TokenMRFConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    loss: MRFLossConfig = field(default_factory=MRFLossConfig)
+
+
+@dataclass(frozen=True)
 class FeatureEncoderTraining:
     """A run of ``t2p-fast train features``."""
 
@@ -182,6 +224,7 @@ class FeatureEncoderTraining:
 TRAININGS: dict[str, type[Any]] = {
     "vqgan": VQGANTraining,
     "muse": MuseTraining,
+    "mrf": MRFTraining,
     "features": FeatureEncoderTraining,
 }
 
@@ -190,7 +233,7 @@ def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> A
     """Reads the configuration of a run.
 
     Args:
-        kind: ``"vqgan"``, ``"muse"`` or ``"features"``.
+        kind: ``"vqgan"``, ``"muse"``, ``"mrf"`` or ``"features"``.
         name: a JSON file, or the name of a shipped recipe (``"embedded"``).
         overrides: ``"section.option=value"``, with values in JSON.
 

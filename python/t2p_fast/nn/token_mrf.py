@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MarkovGen's layer: a Markov random field over picture tokens, with learned weights.
+
+S. Jayasumana et al., "MarkovGen: Structured Prediction for Efficient Text-to-Image Generation",
+CVPR 2024, arXiv 2308.10997, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2p_fast.checkpoints import PretrainedModel, check_numbers
+from t2p_fast.ops import LowRank, mrf_mean_field
+
+
+@dataclass(frozen=True)
+class TokenMRFConfig:
+    """Size of a :class:`TokenMRF`.
+
+    Attributes:
+        vocab_size: number of picture tokens ``V``.
+        token_grid: tokens along a side, so ``n = token_grid ** 2``.
+        rank: of the label weights ``W_c = a b^T``; 0 learns the whole matrix, as the paper.
+        iterations: of mean field.
+    """
+
+    vocab_size: int = 1024
+    token_grid: int = 8
+    rank: int = 0
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, "TokenMRFConfig: ", vocab_size="[1, 1048576]", token_grid="[1, 256]",
+            rank="[0, 65536]", iterations="[1, 1000]",
+        )  # fmt: skip
+
+
+class TokenMRF(PretrainedModel):
+    """Makes the tokens of a picture fit each other: mean field with learned weights.
+
+    Weights of pairs of positions ``W_s [n, n]`` begin at the neighbours on the grid, weights of
+    pairs of labels ``W_c [V, V]`` at zero: a new field changes nothing.
+    """
+
+    config_class = TokenMRFConfig
+    config: TokenMRFConfig
+
+    def __init__(self, config: TokenMRFConfig) -> None:
+        super().__init__(config)
+        n, v, r = config.token_grid**2, config.vocab_size, config.rank
+        self.w_s = nn.Parameter(torch.empty(n, n))
+        self.w_c = nn.Parameter(torch.empty(v, r if r > 0 else v))
+        self.w_b: nn.Parameter | None = nn.Parameter(torch.empty(v, r)) if r > 0 else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the weights to those before training."""
+        if self.w_s.is_meta:
+            return
+        grid = self.config.token_grid
+        position = torch.cartesian_prod(*[torch.arange(grid, dtype=torch.float32)] * 2)
+        near = torch.exp(-0.5 * torch.cdist(position, position).square())
+        near.fill_diagonal_(0)
+        self.w_s.copy_(near / near.sum(1, keepdim=True).clamp_min(1e-6))
+        self.w_c.zero_()
+        if self.w_b is not None:
+            nn.init.normal_(self.w_b)
+
+    def forward(self, unary: Tensor, known: Tensor | None = None) -> Tensor:
+        """Probabilities of the tokens.
+
+        Args:
+            unary: ``[b, n, V]``, scores of a generator.
+            known: ``[b, n]`` int64, tokens that stay, negative where they are to be found.
+
+        Returns:
+            ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`.
+        """
+        w_c = self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
+        return mrf_mean_field(unary, self.w_s, w_c, iterations=self.config.iterations, known=known)
+
+    @torch.no_grad()
+    def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """Fills in what is masked with the likeliest tokens.
+
+        Args:
+            scores: ``[b, n, V]``, of the generator's last round.
+            tokens: ``[b, n]`` int64, with ``V`` where masked.
+
+        Returns:
+            Tokens ``[b, n]``.
+        """
+        masked = tokens == self.config.vocab_size
+        q = self(scores, tokens.masked_fill(masked, -1))
+        return torch.where(masked, q.argmax(-1), tokens)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of MarkovGen's field (Jayasumana et al. 2024, section 5).
+
+First on the tokens of real pictures, a fifth of them masked; then on what a trained Muse scores
+after some rounds, to find the tokens that it ends with after all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2p_fast.models.muse import Muse
+from t2p_fast.models.text_encoder import TextTransformer
+from t2p_fast.models.vqgan import VQGAN
+from t2p_fast.nn import TokenMRF
+from t2p_fast.pipelines import MusePipeline
+from t2p_fast.training.config import MRFTraining, part_of
+from t2p_fast.training.pictures import PictureDataset, save_sheet, to_images, to_tensor
+from t2p_fast.training.trainer import Task, Trainer
+
+
+class MRFTask(Task):
+    """Cross-entropy of the tokens that are to be found.
+
+    With ``loss.muse``, they are those that Muse leaves masked at ``loss.exit_step``, the unary
+    scores are its own there, and the targets are the tokens that it draws in the rounds after: in
+    expectation the KL divergence from its final predictions, up to their entropy. Without, they are
+    a share of a real picture's tokens, about which the unary scores say nothing.
+    """
+
+    averaged = "mrf"
+    dataset: PictureDataset
+
+    def __init__(self, config: MRFTraining) -> None:
+        self.config, self.run = config, config.run
+        loss = config.loss
+        source = loss.muse or loss.vqgan
+        self.vqgan = VQGAN.from_pretrained(
+            source, subfolder="vqgan" if loss.muse else part_of(source, "vqgan")
+        )
+        self.vqgan.check_rgb("train mrf")
+        self.pipeline: MusePipeline | None = None
+        if loss.muse:
+            self.pipeline = MusePipeline(
+                TextTransformer.from_pretrained(loss.muse, subfolder="text_encoder"),
+                Muse.from_pretrained(loss.muse, subfolder="muse"),
+                self.vqgan,
+            )
+        codes, grid = self.vqgan.config.num_vq_embeddings, self.vqgan.config.token_grid
+        if (config.model.vocab_size, config.model.token_grid) != (codes, grid):
+            raise ValueError(
+                f"train mrf: the model has {config.model.vocab_size} tokens on a grid of "
+                f"{config.model.token_grid}, but the tokenizer has {codes} on a grid of {grid}"
+            )
+        self.dataset = PictureDataset(config.data, seed=config.run.seed)
+        self.held_out = PictureDataset(config.data, split="validation")
+        torch.manual_seed(config.run.seed)
+        mrf = TokenMRF(config.model)
+        if loss.initialize_from:
+            start = TokenMRF.from_pretrained(
+                loss.initialize_from, subfolder=part_of(loss.initialize_from, "mrf")
+            )
+            if start.config != config.model:
+                raise ValueError(
+                    f"train mrf: loss.initialize_from, {loss.initialize_from}, is {start.config}, "
+                    f"expected {config.model}"
+                )
+            mrf.load_state_dict(start.state_dict())
+        self.modules = {"mrf": mrf}
+
+    def collate(self, samples: list[Any]) -> tuple[Tensor, list[str]]:
+        return to_tensor([s.image for s in samples]), [s.caption for s in samples]
+
+    def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:  # noqa: ARG002
+        pictures, captions = batch
+        self.vqgan.to(trainer.device)
+        if self.pipeline is None:
+            unary, known, target = self._masked_pictures(pictures.to(trainer.device))
+        else:
+            self.pipeline.to(trainer.device)
+            unary, known, target = self._left_by_muse(captions)
+        wanted = (known < 0) & unary.gather(2, target[..., None])[..., 0].isfinite()
+        target = target[wanted]
+        q = self.modules["mrf"](unary, known)[wanted].float()
+        loss = F.nll_loss(q.clamp_min(1e-9).log(), target)
+        trainer.optimize("mrf", loss)
+        alone = (unary[wanted].argmax(-1) == target).float().mean()
+        right = (q.argmax(-1) == target).float().mean()
+        return {"loss": loss, "accuracy": right, "accuracy_alone": alone}
+
+    @torch.no_grad()
+    def _masked_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unary scores, known tokens and all tokens of real pictures."""
+        tokens = self.vqgan.encode_to_indices(pictures).flatten(1)
+        masked = torch.rand(tokens.shape, device=tokens.device) < self.config.loss.mask_share
+        unary = torch.zeros(*tokens.shape, self.config.model.vocab_size, device=tokens.device)
+        return unary, tokens.masked_fill(masked, -1), tokens
+
+    @torch.no_grad()
+    def _left_by_muse(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and tokens of Muse at the exit step, and the tokens it would end with."""
+        assert self.pipeline is not None
+        muse, text = self.pipeline.muse, self.pipeline.text_encoder
+        prompts, negative = text.encode(captions), text.encode([""] * len(captions))
+        seeds = torch.randint(1 << 62, (len(captions),)).tolist()
+        left: dict[str, Tensor] = {}
+
+        def keep(scores: Tensor, tokens: Tensor) -> Tensor:
+            left.update(scores=scores, tokens=tokens)
+            return tokens
+
+        def generate(exit_step: int) -> Tensor:
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            return muse.generate(
+                prompts, negative, steps=self.config.loss.steps, exit_step=exit_step, finish=keep,
+                generators=generators,
+            )  # fmt: skip
+
+        target = generate(self.config.loss.steps)
+        generate(self.config.loss.exit_step)
+        known = left["tokens"].masked_fill(left["tokens"] == muse.config.mask_token, -1)
+        return left["scores"], known, target
+
+    def save_pretrained(self, module: nn.Module, folder: Path) -> None:
+        assert isinstance(module, TokenMRF)
+        module.save_pretrained(folder, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def sample_sheet(self, module: nn.Module, path: Path) -> None:
+        """Held-out pictures, those with a share of their tokens drawn evenly, and restored."""
+        assert isinstance(module, TokenMRF)
+        samples = [self.held_out[i % len(self.held_out)] for i in range(24)]
+        pictures = to_tensor([s.image for s in samples])
+        tokens = self.vqgan.encode_to_indices(pictures).flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        masked = torch.rand(tokens.shape, generator=generator) < self.config.loss.mask_share
+        vocab_size, grid = module.config.vocab_size, module.config.token_grid
+        noise = torch.randint(vocab_size, tokens.shape, generator=generator)
+        broken = torch.where(masked, noise, tokens)
+        scores = torch.zeros(*tokens.shape, vocab_size)
+        restored = module.finish(scores, tokens.masked_fill(masked, vocab_size))
+        shown = [to_images(pictures)] + [
+            to_images(self.vqgan.decode_indices(t.view(-1, grid, grid))) for t in (broken, restored)
+        ]
+        save_sheet(path, [x[i : i + 8] for i in (0, 8, 16) for x in shown])
