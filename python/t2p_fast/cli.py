@@ -31,6 +31,8 @@ _PROCESS_START = time.perf_counter()
 # Of a result: 0.8 GB of memory.
 _MOST_PIXELS = 1 << 28
 
+_PIPELINES = ("muse", "markovgen", "early-exit")
+
 # The base class of all mistakes on the command line; typer brings its own copy of click since 0.20
 # and does not export it.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -57,7 +59,13 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Of the first picture; random if absent.")
     ] = None,
+    pipeline: Annotated[
+        str, typer.Option(help="'muse', 'markovgen' or 'early-exit' (markovgen without its field).")
+    ] = "muse",
     steps: Annotated[int, typer.Option(help="Rounds of mask-predict.")] = 32,
+    exit_step: Annotated[
+        int | None, typer.Option(help="Round after which markovgen and early-exit end.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     temperature: Annotated[float, typer.Option(help="Of the token distribution.")] = 1.0,
@@ -72,26 +80,36 @@ def generate(
     _check_range("-n", number, 1, 1024)
     _check_range("--steps", steps, 1, 4096)
     _check_range("--scale", scale, 1, 64)
+    if pipeline not in _PIPELINES:
+        raise ValueError(f"--pipeline: is {pipeline!r}, expected one of {', '.join(_PIPELINES)}")
+    if exit_step is not None:
+        if pipeline == "muse":
+            raise ValueError("--exit-step: goes with --pipeline markovgen or early-exit")
+        _check_range("--exit-step", exit_step, 1, steps)
     _check_output(out)
     import torch
 
-    from t2p_fast.pipelines import MusePipeline
+    from t2p_fast.pipelines import MarkovGenPipeline, MusePipeline, markovgen_exit_step
 
     imported = time.perf_counter()
-    pipeline = MusePipeline.from_pretrained(model, dtype=_dtype(dtype), device=_device(device))
+    kind = MarkovGenPipeline if pipeline == "markovgen" else MusePipeline
+    drawer = kind.from_pretrained(model, dtype=_dtype(dtype), device=_device(device))
+    if pipeline != "muse" and exit_step is None:
+        exit_step = markovgen_exit_step(steps)
     loaded = time.perf_counter()
-    side = pipeline.vqgan.config.sample_size * scale
+    side = drawer.vqgan.config.sample_size * scale
     if number * side**2 > _MOST_PIXELS:
         raise ValueError(
             f"--scale: is {scale}, {number} pictures of {side}x{side} pixels, expected at most "
             f"{_MOST_PIXELS} pixels in all"
         )
-    with _progress("drawing", steps, progress) as advance:
-        result = pipeline(
+    with _progress("drawing", exit_step or steps, progress) as advance:
+        result = drawer(
             prompt,
             negative_prompt=negative,
             num_images=number,
             steps=steps,
+            exit_step=exit_step,
             guidance=guidance,
             temperature=temperature,
             seed=seed,
@@ -105,12 +123,14 @@ def generate(
         "negative": negative,
         "number": number,
         "seed": result.seeds[0],
+        "pipeline": pipeline,
         "steps": steps,
+        "exit_step": exit_step or steps,
         "guidance": guidance,
         "temperature": temperature,
         "scale": scale,
         "model": model,
-        "device": str(pipeline.vqgan.device),
+        "device": str(drawer.vqgan.device),
         "dtype": dtype,
         "version": __version__,
     }

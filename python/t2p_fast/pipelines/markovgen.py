@@ -21,10 +21,15 @@ from t2p_fast.nn import TokenMRF
 from t2p_fast.pipelines.muse import MusePipeline
 
 
+def markovgen_exit_step(steps: int) -> int:
+    """The round of ``steps`` after which the field takes over when nothing is said: 3 of 8."""
+    return max(1, round(steps * 3 / 8))
+
+
 class MarkovGenPipeline(MusePipeline):
     """Draws pictures from prompts in fewer rounds than Muse.
 
-    After ``exit_step`` rounds (by default 5 of 8) one inference in the field finds all tokens that
+    After ``exit_step`` rounds (by default 3 of 8) one inference in the field finds all tokens that
     are masked still, and makes them fit each other and those at hand.
 
     Args:
@@ -61,7 +66,7 @@ class MarkovGenPipeline(MusePipeline):
         return cls(muse.text_encoder, muse.muse, muse.vqgan, mrf)
 
     def default_exit_step(self, steps: int) -> int:
-        return max(1, round(steps * 5 / 8))
+        return markovgen_exit_step(steps)
 
     def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
         return self.mrf.finish(scores, tokens)

@@ -183,6 +183,7 @@ class MRFLossConfig:
             anew.
         mask_share: of the tokens of real pictures (20 % in the paper).
         steps, exit_step: rounds of the generator, and the one after which the field takes over.
+        captions: number of captions that the generator draws for it.
     """
 
     vqgan: str = "embedded"
@@ -190,11 +191,13 @@ class MRFLossConfig:
     initialize_from: str = ""
     mask_share: float = 0.2
     steps: int = 32
-    exit_step: int = 20
+    exit_step: int = 12
+    captions: int = 512
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, "loss.", mask_share="(0, 1)", steps="[2, 4096]", exit_step="[1, 4095]"
+            self, "loss.", mask_share="(0, 1)", steps="[2, 4096]", exit_step="[1, 4095]",
+            captions="[1, 1e6]",
         )  # fmt: skip
         if self.exit_step >= self.steps:
             raise ValueError(

@@ -8,11 +8,12 @@ after some rounds, to find the tokens that it ends with after all.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from t2p_fast.models.muse import Muse
 from t2p_fast.models.text_encoder import TextTransformer
@@ -23,18 +24,42 @@ from t2p_fast.training.config import MRFTraining, part_of
 from t2p_fast.training.pictures import PictureDataset, save_sheet, to_images, to_tensor
 from t2p_fast.training.trainer import Task, Trainer
 
+_AT_ONCE = 64  # captions that Muse draws together
+
+
+class _Left(NamedTuple):
+    """What Muse knows and does not know at the exit step, a row per caption."""
+
+    scores: Tensor  # [captions, n, V] bfloat16
+    known: Tensor  # [captions, n], negative where masked
+    final: Tensor  # [captions, n]
+
+
+class _Captions(Dataset[int]):
+    """Numbers of captions."""
+
+    def __init__(self, captions: list[str]) -> None:
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
 
 class MRFTask(Task):
     """Cross-entropy of the tokens that are to be found.
 
     With ``loss.muse``, they are those that Muse leaves masked at ``loss.exit_step``, the unary
     scores are its own there, and the targets are the tokens that it draws in the rounds after: in
-    expectation the KL divergence from its final predictions, up to their entropy. Without, they are
-    a share of a real picture's tokens, about which the unary scores say nothing.
+    expectation the KL divergence from its final predictions, up to their entropy. ``loss.captions``
+    of them are drawn before the first step. Without, they are a share of a real picture's tokens,
+    about which the unary scores say nothing.
     """
 
     averaged = "mrf"
-    dataset: PictureDataset
+    dataset: Dataset[Any]
 
     def __init__(self, config: MRFTraining) -> None:
         self.config, self.run = config, config.run
@@ -57,7 +82,11 @@ class MRFTask(Task):
                 f"train mrf: the model has {config.model.vocab_size} tokens on a grid of "
                 f"{config.model.token_grid}, but the tokenizer has {codes} on a grid of {grid}"
             )
-        self.dataset = PictureDataset(config.data, seed=config.run.seed)
+        pictures = PictureDataset(config.data, seed=config.run.seed)
+        self.dataset = pictures
+        if self.pipeline is not None:
+            self.dataset = _Captions(list(pictures.captions(loss.captions)))
+        self.left: _Left | None = None
         self.held_out = PictureDataset(config.data, split="validation")
         torch.manual_seed(config.run.seed)
         mrf = TokenMRF(config.model)
@@ -73,17 +102,20 @@ class MRFTask(Task):
             mrf.load_state_dict(start.state_dict())
         self.modules = {"mrf": mrf}
 
-    def collate(self, samples: list[Any]) -> tuple[Tensor, list[str]]:
-        return to_tensor([s.image for s in samples]), [s.caption for s in samples]
+    def collate(self, samples: list[Any]) -> Tensor:
+        if self.pipeline is not None:
+            return torch.tensor(samples)
+        return to_tensor([s.image for s in samples])
 
     def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:  # noqa: ARG002
-        pictures, captions = batch
-        self.vqgan.to(trainer.device)
         if self.pipeline is None:
-            unary, known, target = self._masked_pictures(pictures.to(trainer.device))
+            self.vqgan.to(trainer.device)
+            unary, known, target = self._masked_pictures(batch.to(trainer.device))
         else:
-            self.pipeline.to(trainer.device)
-            unary, known, target = self._left_by_muse(captions)
+            if self.left is None:
+                self.left = self._left_by_muse(trainer)
+            unary, known, target = (part[batch].to(trainer.device) for part in self.left)
+            unary = unary.float()
         wanted = (known < 0) & unary.gather(2, target[..., None])[..., 0].isfinite()
         target = target[wanted]
         q = self.modules["mrf"](unary, known)[wanted].float()
@@ -102,29 +134,38 @@ class MRFTask(Task):
         return unary, tokens.masked_fill(masked, -1), tokens
 
     @torch.no_grad()
-    def _left_by_muse(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and tokens of Muse at the exit step, and the tokens it would end with."""
+    def _left_by_muse(self, trainer: Trainer) -> _Left:
+        """Draws all captions, the same way whenever training is resumed."""
         assert self.pipeline is not None
-        muse, text = self.pipeline.muse, self.pipeline.text_encoder
-        prompts, negative = text.encode(captions), text.encode([""] * len(captions))
-        seeds = torch.randint(1 << 62, (len(captions),)).tolist()
-        left: dict[str, Tensor] = {}
+        assert isinstance(self.dataset, _Captions)
+        muse, text = self.pipeline.to(trainer.device).muse, self.pipeline.text_encoder
+        scores: list[Tensor] = []
+        known: list[Tensor] = []
+        final: list[Tensor] = []
 
-        def keep(scores: Tensor, tokens: Tensor) -> Tensor:
-            left.update(scores=scores, tokens=tokens)
+        def keep(given: Tensor, tokens: Tensor) -> Tensor:
+            scores.append(given.bfloat16().cpu())
+            known.append(tokens.masked_fill(tokens == muse.config.mask_token, -1).cpu())
             return tokens
 
-        def generate(exit_step: int) -> Tensor:
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
-            return muse.generate(
-                prompts, negative, steps=self.config.loss.steps, exit_step=exit_step, finish=keep,
-                generators=generators,
-            )  # fmt: skip
-
-        target = generate(self.config.loss.steps)
-        generate(self.config.loss.exit_step)
-        known = left["tokens"].masked_fill(left["tokens"] == muse.config.mask_token, -1)
-        return left["scores"], known, target
+        captions = self.dataset.captions
+        for first in range(0, len(captions), _AT_ONCE):
+            trainer.report(f"drawing captions {first} of {len(captions)}")
+            part = captions[first : first + _AT_ONCE]
+            prompts, negative = text.encode(part), text.encode([""] * len(part))
+            for exit_step in (self.config.loss.steps, self.config.loss.exit_step):
+                seeds = range(first, first + len(part))
+                tokens = muse.generate(
+                    prompts,
+                    negative,
+                    steps=self.config.loss.steps,
+                    exit_step=exit_step,
+                    finish=keep,
+                    generators=[torch.Generator().manual_seed(s) for s in seeds],
+                )
+                if exit_step == self.config.loss.steps:
+                    final.append(tokens.cpu())
+        return _Left(torch.cat(scores), torch.cat(known), torch.cat(final))
 
     def save_pretrained(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, TokenMRF)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MarkovGen's field: a fresh one changes nothing, known tokens stay, it learns what fits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2p_fast.checkpoints import CheckpointError
+from t2p_fast.nn import TokenMRF, TokenMRFConfig
+from t2p_fast.reference import mrf_mean_field
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_fresh_field_changes_nothing(rank: int) -> None:
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3, rank=rank))
+    unary = torch.randn(2, 9, 11)
+    torch.testing.assert_close(mrf(unary), unary.softmax(-1))
+    assert mrf.w_s.diagonal().eq(0).all()
+    torch.testing.assert_close(mrf.w_s.sum(1), torch.ones(9))
+    assert mrf.w_s[4, 1] > mrf.w_s[4, 0] > 0  # a neighbour beside, and one across
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_it_is_mean_field_with_its_weights(rank: int) -> None:
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3, rank=rank, iterations=4))
+    torch.nn.init.normal_(mrf.w_c)
+    unary, known = torch.randn(2, 9, 11), torch.full((2, 9), -1)
+    known[0, :4], known[1, 8] = 2, 5
+    w_c = mrf.w_c if mrf.w_b is None else mrf.w_c @ mrf.w_b.T
+    expected = mrf_mean_field(unary, mrf.w_s, w_c, iterations=4, known=known)
+    torch.testing.assert_close(mrf(unary, known), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_finish_keeps_what_is_known() -> None:
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3))
+    torch.nn.init.normal_(mrf.w_c)
+    tokens = torch.randint(12, (4, 9))
+    full = mrf.finish(torch.randn(4, 9, 11), tokens)
+    assert torch.equal(full[tokens < 11], tokens[tokens < 11])
+    assert full.max() < 11
+    assert full.min() >= 0
+
+
+def test_it_learns_which_tokens_stand_together() -> None:
+    """Rows of equal tokens: one known token tells the others of its row."""
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=6, token_grid=4, iterations=3))
+    optimizer = torch.optim.Adam(mrf.parameters(), 0.1)
+    for _ in range(120):
+        rows = torch.randint(6, (16, 4)).repeat_interleave(4, 1)
+        known = rows.masked_fill(torch.rand(16, 16) < 0.4, -1)
+        q = mrf(torch.zeros(16, 16, 6), known)
+        loss = -q.gather(2, rows[..., None]).clamp_min(1e-9).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = torch.randint(6, (64, 4)).repeat_interleave(4, 1)
+    tokens = rows.clone()
+    tokens[:, 1::4] = 6
+    tokens[:, 2::4] = 6
+    assert (mrf.finish(torch.zeros(64, 16, 6), tokens) == rows).float().mean() > 0.98
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3, rank=3))
+    torch.nn.init.normal_(mrf.w_c)
+    mrf.save_pretrained(tmp_path)
+    again = TokenMRF.from_pretrained(tmp_path)
+    assert again.config == mrf.config
+    unary = torch.randn(1, 9, 11)
+    assert torch.equal(again(unary), mrf(unary))
+    (tmp_path / "config.json").write_text('{"vocab_size": 11, "token_grid": 4, "rank": 3}')
+    with pytest.raises(CheckpointError):
+        TokenMRF.from_pretrained(tmp_path)
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ValueError, match="TokenMRFConfig: rank is -1"):
+        TokenMRFConfig(rank=-1)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3))
+    with pytest.raises(ValueError, match="mrf_mean_field: w_"):
+        mrf(torch.zeros(1, 9, 12))
