@@ -68,11 +68,11 @@ def make_muse(seed: int = 0, **changes: int) -> Muse:
     return muse.eval()
 
 
-def make_text_encoder(seed: int = 0) -> TextTransformer:
+def make_text_encoder(seed: int = 0, max_length: int = 24) -> TextTransformer:
     tokenizer = train_tokenizer(CAPTIONS, 280)
     torch.manual_seed(seed)
     config = TextTransformerConfig(
-        vocab_size=280, max_length=24, hidden_size=16, num_layers=1, num_heads=2
+        vocab_size=280, max_length=max_length, hidden_size=16, num_layers=1, num_heads=2
     )
     encoder = TextTransformer(config, tokenizer)
     torch.nn.init.normal_(encoder.token_embedding.weight)

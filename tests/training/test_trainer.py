@@ -22,8 +22,11 @@ from t2p_fast.checkpoints import CheckpointError, read_safetensors, write_safete
 from t2p_fast.models.muse import Muse, MuseConfig
 from t2p_fast.models.text_encoder import TextTransformer, TextTransformerConfig
 from t2p_fast.models.vqgan import VQGAN
+from t2p_fast.nn import TokenMRF, TokenMRFConfig
 from t2p_fast.training.config import (
     DataConfig,
+    MRFLossConfig,
+    MRFTraining,
     MuseLossConfig,
     MuseTraining,
     RunConfig,
@@ -31,10 +34,11 @@ from t2p_fast.training.config import (
     VQGANTraining,
     load_config,
 )
+from t2p_fast.training.mrf import MRFTask
 from t2p_fast.training.muse import MuseTask, rare_mask
 from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
-from tiny_models import make_vqgan, vqgan_config
+from tiny_models import make_text_encoder, make_vqgan, save_pipeline, vqgan_config
 
 RUN = RunConfig(
     steps=6, batch_size=4, warmup_steps=2, decay_steps=2, mixed_precision="no",
@@ -79,12 +83,34 @@ def steps_logged(out: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "muse"])
+def mrf_training(folder: Path, *, with_muse: bool = False, **run: object) -> MRFTraining:
+    make_vqgan().save_pretrained(folder / "tokenizer")
+    if with_muse:
+        save_pipeline(folder / "generator")
+        longer = make_text_encoder(max_length=80)
+        longer.save_pretrained(folder / "generator" / "text_encoder")
+    return MRFTraining(
+        model=TokenMRFConfig(vocab_size=16, token_grid=4, iterations=2),
+        data=DataConfig(size=16),
+        run=dataclasses.replace(RUN, **run),
+        loss=MRFLossConfig(
+            vqgan=str(folder / "tokenizer"),
+            muse=str(folder / "generator") if with_muse else "",
+            steps=6,
+            exit_step=2,
+            captions=7,
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "muse", "mrf", "mrf-muse"])
 def test_resumed_run_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None:
     def task() -> Task:
         if kind == "vqgan":
             return VQGANTask(vqgan_training())
-        return MuseTask(muse_training(tmp_path))
+        if kind == "muse":
+            return MuseTask(muse_training(tmp_path))
+        return MRFTask(mrf_training(tmp_path, with_muse=kind == "mrf-muse"))
 
     quiet(task(), tmp_path / "whole").train()
     quiet(task(), tmp_path / "parts").train(stop_at=3)
@@ -278,6 +304,28 @@ def test_masks_of_rare_tokens_hide_what_is_rare() -> None:
     assert few[:, 20:30].float().mean() > 0.95
     assert few[:, :20].float().mean() < 0.3
     assert rare_mask(torch.zeros(3, 1, dtype=torch.int64), 1).all()
+
+
+def test_field_learns_what_muse_ends_with(tmp_path: Path) -> None:
+    config = mrf_training(tmp_path, with_muse=True, steps=40, learning_rate=0.1, decay_steps=10)
+    quiet(MRFTask(config), tmp_path / "run").train()
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert TokenMRF.from_pretrained(tmp_path / "run" / "model").config == config.model
+
+
+def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = mrf_training(tmp_path)
+    other = dataclasses.replace(config.model, vocab_size=9)
+    with pytest.raises(ValueError, match="train mrf: the model has 9 tokens on a grid of 4, but"):
+        MRFTask(dataclasses.replace(config, model=other))
+    TokenMRF(dataclasses.replace(config.model, rank=2)).save_pretrained(tmp_path / "field")
+    loss = dataclasses.replace(config.loss, initialize_from=str(tmp_path / "field"))
+    with pytest.raises(ValueError, match=r"initialize_from, .*, is TokenMRFConfig\(.*, expected"):
+        MRFTask(dataclasses.replace(config, loss=loss))
+    with pytest.raises(ValueError, match=r"exit_step is 6, expected less than loss\.steps, 6"):
+        dataclasses.replace(config.loss, exit_step=6)
 
 
 def test_models_of_other_than_three_channels_are_refused(tmp_path: Path) -> None:
