@@ -19,6 +19,9 @@ _ACTIVATIONS = ("silu", "none")
 # Places among the registered op's arguments.
 _X, _GROUPS, _WEIGHT, _BIAS, _RESIDUAL, _SCALE, _SHIFT, _EPS, _SILU = range(9)
 
+_kernel: Any = _C.group_norm
+_backward_kernel: Any = _C.group_norm_backward
+
 
 # The kernels, beside the same in PyTorch for float64 and for CUDA tensors -------------------------
 
@@ -32,7 +35,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _in_torch(x):
         return _forward_in_torch(*arguments)
     y, statistics = _forward_fake(*arguments)
-    _C.group_norm(*arguments, y, statistics, torch.get_num_threads())
+    _kernel(*arguments, y, statistics, torch.get_num_threads())
     return y, statistics
 
 
@@ -46,7 +49,7 @@ def _forward_inplace(*arguments: Any) -> None:
         x.copy_(_forward_in_torch(*arguments)[0])
         return
     statistics = x.new_empty((len(x), arguments[_GROUPS], 2), dtype=torch.float64)
-    _C.group_norm(*arguments, x, statistics, torch.get_num_threads())
+    _kernel(*arguments, x, statistics, torch.get_num_threads())
 
 
 def _forward_inplace_fake(*arguments: Any) -> None:
@@ -57,7 +60,7 @@ def _backward(grad: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[
     if _in_torch(x):
         return _backward_in_torch(grad, x, statistics, *rest)
     grad_x, sums = _backward_fake(grad, x)
-    _C.group_norm_backward(grad, x, statistics, *rest, grad_x, sums, torch.get_num_threads())
+    _backward_kernel(grad, x, statistics, *rest, grad_x, sums, torch.get_num_threads())
     return grad_x, sums
 
 
@@ -282,7 +285,9 @@ def group_norm_silu(
     return x
 
 
-def _coefficients(values: Tensor | None, dtype: torch.dtype, x: Tensor | None = None) -> Tensor | None:
+def _coefficients(
+    values: Tensor | None, dtype: torch.dtype, x: Tensor | None = None
+) -> Tensor | None:
     if values is None:
         return None
     if x is not None:
