@@ -77,6 +77,10 @@ def _compiled(inputs: Inputs) -> Call:
     return lambda: function(x, weight, bias)
 
 
+def _inference(build: Callable[[Inputs], Call]) -> Callable[[Inputs], Call]:
+    return build
+
+
 def _training(build: Callable[[Inputs], Call]) -> Callable[[Inputs], Call]:
     """Forward and backward."""
 
@@ -132,7 +136,7 @@ def _workload(
     name: str, title: str, *, layout: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32, training: bool = False,
 ) -> Workload:  # fmt: skip
-    wrap = _training if training else lambda build: build
+    wrap = _training if training else _inference
     providers = [Provider("t2p_fast", wrap(_ours), ours=True)]
     if not training:
         providers.append(Provider("t2p_fast in place", _in_place, ours=True))

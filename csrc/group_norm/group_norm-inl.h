@@ -109,9 +109,12 @@ T2P_INLINE void tile_of(const void* x, std::int64_t at, std::int64_t c, int rows
       store(square + v * kLanes, squares[v]);
       m[v] = add(m[v], mul(sums[v], broadcast(1.0f / static_cast<float>(rows))));
     }
-    bool near = true;
-    for (int i = 0; i < channels; ++i) near &= is_near(sum[i], square[i], rows);
-    if (near) break;
+    std::uint32_t far = 0;  // as is_near, for a vector; lanes without a channel are zeros
+    const F32 most = broadcast(0.8f * static_cast<float>(rows));
+    for (int v = 0; v < kVectors; ++v) {
+      far |= bits(less(mul(most, squares[v]), mul(sums[v], sums[v])));
+    }
+    if (far == 0) break;
   }
   const double inverse = 1.0 / rows;
   for (int i = 0; i < channels; ++i) {

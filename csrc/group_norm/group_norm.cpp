@@ -26,19 +26,29 @@ std::int64_t element_bytes(const Norm& norm) { return norm.dtype == Dtype::kFloa
 
 // Chan, Golub and LeVeque, "Updating Formulae", 1979, equation 2.1, for many parts at once: their
 // means first, then what they lie apart.
-template <class MomentsOf, class CountOf>
-void combine(std::int64_t parts, double count, double eps, const MomentsOf& moments_of,
-             const CountOf& count_of, double* statistics) {
-  double sum = 0, squares = 0;
-  const double origin = moments_of(0).mean;
-  for (std::int64_t i = 0; i < parts; ++i) sum += count_of(i) * (moments_of(i).mean - origin);
-  const double mean = origin + sum / count;
-  for (std::int64_t i = 0; i < parts; ++i) {
-    const Moments& part = moments_of(i);
-    squares += part.squares + count_of(i) * (part.mean - mean) * (part.mean - mean);
+// `moments` has for every block of `block` positions out of `n` those of `channels` channels.
+void combine(const Moments* moments, std::int64_t stride, std::int64_t channels, std::int64_t block,
+             std::int64_t n, double eps, double* statistics) {
+  const double origin = moments[0].mean, total = static_cast<double>(channels * n);
+  double mean = 0, squares = 0;
+  for (std::int64_t first = 0; first < n; first += block) {
+    const Moments* parts = moments + first / block * stride;
+    double sum = 0;
+    for (std::int64_t i = 0; i < channels; ++i) sum += parts[i].mean - origin;
+    mean += sum * static_cast<double>(std::min(block, n - first));
+  }
+  mean = origin + mean / total;
+  for (std::int64_t first = 0; first < n; first += block) {
+    const Moments* parts = moments + first / block * stride;
+    double inside = 0, between = 0;
+    for (std::int64_t i = 0; i < channels; ++i) {
+      inside += parts[i].squares;
+      between += (parts[i].mean - mean) * (parts[i].mean - mean);
+    }
+    squares += inside + between * static_cast<double>(std::min(block, n - first));
   }
   statistics[0] = mean;
-  statistics[1] = 1 / std::sqrt(std::max(squares, 0.0) / count + eps);
+  statistics[1] = 1 / std::sqrt(std::max(squares, 0.0) / total + eps);
 }
 
 // What a channel is multiplied by and what is added, before anything is normalised.
@@ -99,13 +109,7 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, v
                         double* statistics) {
   const std::int64_t count = norm.c / norm.groups * norm.n, blocks = ceil_div(count, kBlock);
   const auto finish = [&](const Moments* moments, std::int64_t group) {
-    combine(
-        blocks, static_cast<double>(count), norm.eps,
-        [&](std::int64_t i) -> const Moments& { return moments[i]; },
-        [&](std::int64_t i) {
-          return static_cast<double>(std::min<std::int64_t>(kBlock, count - i * kBlock));
-        },
-        statistics + 2 * group);
+    combine(moments, 1, 1, kBlock, count, norm.eps, statistics + 2 * group);
   };
   const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t end) {
     float centre, factor, offset;
@@ -151,15 +155,8 @@ void channels_last_forward(const Kernels& kernels, const Norm& norm, int threads
   const Buffer<float> coefficients(3 * norm.b * norm.c);
   parallel_for(threads, norm.b * norm.groups, [&](std::int64_t group) {
     const std::int64_t b = group / norm.groups, first = group % norm.groups * channels;
-    combine(
-        blocks * channels, static_cast<double>(channels * norm.n), norm.eps,
-        [&](std::int64_t i) -> const Moments& {
-          return moments[(b * blocks + i / channels) * norm.c + first + i % channels];
-        },
-        [&](std::int64_t i) {
-          return static_cast<double>(std::min<std::int64_t>(kRows, norm.n - i / channels * kRows));
-        },
-        statistics + 2 * group);
+    combine(moments.data() + b * blocks * norm.c + first, norm.c, channels, kRows, norm.n, norm.eps,
+            statistics + 2 * group);
     float* own = coefficients.data() + 3 * b * norm.c;
     for (std::int64_t c = first; c < first + channels; ++c) {
       set_affine(norm, statistics, b, c, own[c], own[norm.c + c], own[2 * norm.c + c]);

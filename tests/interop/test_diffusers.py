@@ -197,7 +197,8 @@ def test_amused_scheduler() -> None:
         micro_cond_embed_dim=20,
     )  # fmt: skip
     pipe = diffusers.AmusedPipeline(
-        vqvae=_vq_model(lookup_from_codebook=True), tokenizer=None, text_encoder=None, transformer=uvit.eval(),
+        vqvae=_vq_model(lookup_from_codebook=True), tokenizer=None, text_encoder=None,
+        transformer=uvit.eval(),
         scheduler=diffusers.AmusedScheduler(mask_token_id=64),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

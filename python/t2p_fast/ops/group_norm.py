@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe
+from t2p_fast._checks import check_choice, describe, is_plain
 from t2p_fast._library import _C, define_op
 
 __all__ = ["group_norm_silu"]
@@ -229,12 +229,13 @@ def group_norm_silu(
     mean and the variance of a group of channels of a sample (Wu and He, "Group Normalization",
     2018); scale and shift are those of a time embedding (Dhariwal and Nichol, 2021, section 3).
 
-    Arithmetic is in float32, rounded once to the dtype of x; statistics are combined in float64 from
-    blocks of at most 2048 elements, in an order that does not depend on the threads. They are taken
-    about each block's own mean: the result errs by a few units of float32 in the normalised values
-    also where the mean is 10^4 times the spread. Values whose squared deviations leave the range of
-    float32 (spread above 10^17) give NaN. Float64 tensors are computed in float64 by PyTorch, and so,
-    in float32, are CUDA tensors. Differentiable once in all tensors; deterministic.
+    Arithmetic is in float32, rounded once to the dtype of x; statistics are combined in float64
+    from blocks of at most 2048 elements, in an order that does not depend on the threads. They are
+    taken about each block's own mean: the result errs by a few units of float32 in the normalised
+    values also where the mean is 10^4 times the spread. Values whose squared deviations leave the
+    range of float32 (spread above 10^17) give NaN. Float64 tensors are computed in float64 by
+    PyTorch, and so, in float32, are CUDA tensors. Differentiable once in all tensors;
+    deterministic.
 
     Args:
         x: `[b, c, ...]` in float32, bfloat16, float16 or float64; contiguous or with channels last,
@@ -273,6 +274,9 @@ def group_norm_silu(
         activation == "silu",
     )  # fmt: skip
     if not inplace:
+        # A plain call goes past the dispatcher, which would cost more than a small norm itself.
+        if is_plain(x, *tensors.values()) and not x.is_meta:
+            return _forward(*arguments)[0]
         result: Tensor = _group_norm_silu(*arguments)[0]
         return result
     if dense is not x:
