@@ -136,6 +136,7 @@ def _workload(
     name: str, title: str, *, layout: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32, training: bool = False,
 ) -> Workload:  # fmt: skip
+    wrap: Callable[[Callable[[Inputs], Call]], Callable[[Inputs], Call]]
     wrap = _training if training else _inference
     providers = [Provider("t2p_fast", wrap(_ours), ours=True)]
     if not training:
@@ -146,7 +147,7 @@ def _workload(
         Provider("torch.compile", wrap(_compiled), flag="compile"),
         Provider("copy of x", _copy(2 if training else 1), yardstick=True),
     ]
-    size = torch.empty((), dtype=dtype).element_size()
+    size = dtype.itemsize
     return Workload(
         name=name,
         title=title,

@@ -159,14 +159,15 @@ def _swap_scheduler(path: str, part: Any, done: Acceleration) -> None:
     ours = AmusedScheduler if name == "AmusedScheduler" else getattr(schedulers, name, None)
     if ours is None:
         return
+    at = f"{path}.scheduler".lstrip(".")
     try:
         scheduler = ours.from_config(theirs.config)
     except ValueError as error:
-        done.kept.append(Swap("scheduler", "scheduler", str(error)))
+        done.kept.append(Swap("scheduler", at, str(error)))
         return
     part.scheduler = scheduler
     done._undo.append(partial(setattr, part, "scheduler", theirs))
-    done.swaps.append(Swap("scheduler", "scheduler", f"{name} -> {ours.__module__}"))
+    done.swaps.append(Swap("scheduler", at, f"{name} -> {ours.__module__}"))
 
 
 # Group norms --------------------------------------------------------------------------------------

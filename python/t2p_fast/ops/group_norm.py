@@ -52,7 +52,7 @@ def _forward_inplace(*arguments: Any) -> None:
     _kernel(*arguments, x, statistics, torch.get_num_threads())
 
 
-def _forward_inplace_fake(*arguments: Any) -> None:
+def _forward_inplace_fake(*_: Any) -> None:
     return None
 
 
@@ -113,7 +113,7 @@ def _forward_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_in_torch(
-    grad: Tensor, x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None,
+    grad: Tensor, x: Tensor, statistics: Tensor, _: int, weight: Tensor | None,
     bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_x, sums = _backward_fake(grad, x)
