@@ -160,6 +160,10 @@ def _workload(
     )
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _awkward(device: str) -> None:
     """Ragged shapes, a mean far from zero, and everything that can be added."""
     generator = torch.Generator().manual_seed(1)
@@ -173,9 +177,10 @@ def _awkward(device: str) -> None:
                 x.double(), groups, weight.double(), bias.double(),
                 **{name: tensor.double() for name, tensor in extras.items()},
             )  # fmt: skip
-            for move in (lambda t: t, lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)):
+            for last in (False, True):
                 found = group_norm_silu(
-                    move(x).to(device), groups, weight.to(device), bias.to(device),
+                    (_channels_last(x) if last else x).to(device), groups, weight.to(device),
+                    bias.to(device),
                     **{name: tensor.to(device) for name, tensor in extras.items()},
                 )  # fmt: skip
                 _check(f"y at {list(shape)}", found, truth, 2e-5)
