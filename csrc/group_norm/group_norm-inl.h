@@ -196,20 +196,20 @@ void apply_each(const Norm& norm, const Affine& a, std::int64_t at, int rows, vo
 }
 
 void sums_one(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at, int count,
-              float* sums) {
+              float* dz, float* sums) {
   with_dtype(norm, [&](auto t) {
-    norm.silu ? sums_of_one<t.kValue, true>(norm, s, grad, at, count, sums)
-              : sums_of_one<t.kValue, false>(norm, s, grad, at, count, sums);
+    norm.silu ? sums_of_one<t.kValue, true>(norm, s, grad, at, count, dz, sums)
+              : sums_of_one<t.kValue, false>(norm, s, grad, at, count, dz, sums);
   });
 }
 
 void sums_each(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at, int rows,
-               float* sums) {
+               float* dz, float* sums) {
   const int c = static_cast<int>(norm.c);
   with_dtype(norm, [&](auto t) {
     for (std::int64_t row = at; row < at + rows * norm.c; row += norm.c) {
-      norm.silu ? sums_of_each<t.kValue, true>(norm, s, grad, row, c, sums)
-                : sums_of_each<t.kValue, false>(norm, s, grad, row, c, sums);
+      norm.silu ? sums_of_each<t.kValue, true>(norm, s, grad, row, c, dz, sums)
+                : sums_of_each<t.kValue, false>(norm, s, grad, row, c, dz, sums);
     }
   });
 }

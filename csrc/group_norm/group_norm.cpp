@@ -208,35 +208,68 @@ void set_group_means(const Norm& norm, const float* sums, std::int64_t group, fl
   }
 }
 
+// Where dz is a float32, the gradient of x keeps it for the second pass, which then needs no
+// sigmoid.
+struct SecondPass {
+  Norm norm;
+  const void* grad;
+  float* dz;
+};
+SecondPass second_pass(const Norm& norm, const void* grad, void* grad_x) {
+  SecondPass second{norm, grad, nullptr};
+  if (norm.silu && norm.dtype == Dtype::kFloat32) {
+    second.norm.silu = false;
+    second.grad = grad_x;
+    second.dz = static_cast<float*>(grad_x);
+  }
+  return second;
+}
+
 void contiguous_backward(const Kernels& kernels, const Norm& norm, const void* grad,
                          const double* statistics, int threads, void* grad_x, float* sums) {
   const std::int64_t all = norm.b * norm.c, channels = norm.c / norm.groups;
+  const SecondPass second = second_pass(norm, grad, grad_x);
   const Buffer<Slope> slopes(all);
-  parallel_for(threads, all, [&](std::int64_t i) {
+  const auto add_up = [&](std::int64_t i) {
     slopes[i] = slope_of(norm, statistics, i / norm.c, i % norm.c);
     double plain = 0, weighted = 0;
     for (std::int64_t begin = 0; begin < norm.n; begin += kBlock) {
       const auto count = static_cast<int>(std::min<std::int64_t>(kBlock, norm.n - begin));
       float part[2];
-      kernels.sums_one(norm, view(slopes[i].of, 1), grad, i * norm.n + begin, count, part);
+      kernels.sums_one(norm, view(slopes[i].of, 1), grad, i * norm.n + begin, count, second.dz,
+                       part);
       plain += part[0];
       weighted += part[1];
     }
     sums[i] = static_cast<float>(plain);
     sums[all + i] = static_cast<float>(weighted);
-  });
-  for (std::int64_t group = 0; group < norm.b * norm.groups; ++group) {
+  };
+  const auto finish = [&](std::int64_t group) {
     set_group_means(norm, sums, group, slopes[group * channels].of, 1, kSlopes);
+  };
+  const auto differentiate = [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+    kernels.gradient_one(second.norm, view(slopes[i].of, 1), second.grad, i * norm.n + begin,
+                         end - begin, grad_x);
+  };
+  const std::int64_t groups = norm.b * norm.groups;
+  if (threads == 1 || groups >= 2 * threads) {
+    parallel_for(threads, groups, [&](std::int64_t group) {
+      const std::int64_t first = group * channels, last = first + channels;
+      for (std::int64_t i = first; i < last; ++i) add_up(i);
+      finish(group);
+      for (std::int64_t i = first; i < last; ++i) differentiate(i, 0, norm.n);
+    });
+    return;
   }
-  for_channel_pieces(norm, threads, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
-    kernels.gradient_one(norm, view(slopes[i].of, 1), grad, i * norm.n + begin, end - begin,
-                         grad_x);
-  });
+  parallel_for(threads, all, add_up);
+  for (std::int64_t group = 0; group < groups; ++group) finish(group);
+  for_channel_pieces(norm, threads, differentiate);
 }
 
 void channels_last_backward(const Kernels& kernels, const Norm& norm, const void* grad,
                             const double* statistics, int threads, void* grad_x, float* sums) {
   const std::int64_t c = norm.c, blocks = ceil_div(norm.n, kRows);
+  const SecondPass second = second_pass(norm, grad, grad_x);
   const Buffer<float> slopes(norm.b * kSlopes * c), parts(norm.b * blocks * 2 * c);
   for (std::int64_t i = 0; i < norm.b * c; ++i) {
     const Slope slope = slope_of(norm, statistics, i / c, i % c);
@@ -246,7 +279,7 @@ void channels_last_backward(const Kernels& kernels, const Norm& norm, const void
     float* own = parts.data() + task * 2 * c;
     std::fill_n(own, 2 * c, 0.0f);
     const Slopes slope = view(slopes.data() + b * kSlopes * c, c);
-    kernels.sums_each(norm, slope, grad, (b * norm.n + first) * norm.c, n, own);
+    kernels.sums_each(norm, slope, grad, (b * norm.n + first) * norm.c, n, second.dz, own);
   });
   parallel_for(threads, norm.b * norm.groups, [&](std::int64_t group) {
     const std::int64_t b = group / norm.groups, channels = c / norm.groups;
@@ -264,7 +297,8 @@ void channels_last_backward(const Kernels& kernels, const Norm& norm, const void
   });
   for_row_blocks(norm, threads, [&](std::int64_t, std::int64_t b, std::int64_t first, int n) {
     const Slopes slope = view(slopes.data() + b * kSlopes * c, c);
-    kernels.gradient_each(norm, slope, grad, (b * norm.n + first) * norm.c, n, grad_x);
+    kernels.gradient_each(second.norm, slope, second.grad, (b * norm.n + first) * norm.c, n,
+                          grad_x);
   });
 }
 

@@ -32,20 +32,30 @@ T2P_INLINE Derivative derivative(const Norm& norm, const Slopes& s, const void* 
   return {xhat, dz};
 }
 
+template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>
+T2P_INLINE Derivative kept_derivative(const Norm& norm, const Slopes& s, const void* grad,
+                                      std::int64_t at, std::int64_t i, std::int64_t left,
+                                      float* dz) {
+  const Derivative d = derivative<kDtype, kEach, kSilu, kWhole>(norm, s, grad, at, i, left);
+  if (dz != nullptr) put<Dtype::kFloat32, kWhole>(dz, at + i, left, d.dz);
+  return d;
+}
+
 template <Dtype kDtype, bool kSilu>
-T2P_INLINE void sums_of_one(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at,
-                            int count, float* sums) {
+T2P_INLINE void sums_of_one(const Norm& norm, const Slopes& slopes, const void* grad,
+                            std::int64_t at, int count, float* dz, float* sums) {
+  const Slopes s = slopes;
   F32 plain = broadcast(0.0f), weighted = plain;
+  const auto add_up = [&](const Derivative& d) {
+    plain = add(plain, d.dz);
+    weighted = multiply_add(d.dz, d.xhat, weighted);
+  };
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Derivative d = derivative<kDtype, false, kSilu, true>(norm, s, grad, at, i, 0);
-    plain = add(plain, d.dz);
-    weighted = multiply_add(d.dz, d.xhat, weighted);
+    add_up(kept_derivative<kDtype, false, kSilu, true>(norm, s, grad, at, i, 0, dz));
   }
   if (i < count) {  // dz is zero in the lanes behind the end
-    const Derivative d = derivative<kDtype, false, kSilu, false>(norm, s, grad, at, i, count - i);
-    plain = add(plain, d.dz);
-    weighted = multiply_add(d.dz, d.xhat, weighted);
+    add_up(kept_derivative<kDtype, false, kSilu, false>(norm, s, grad, at, i, count - i, dz));
   }
   sums[0] = reduce_add(plain);
   sums[1] = reduce_add(weighted);
@@ -53,9 +63,9 @@ T2P_INLINE void sums_of_one(const Norm& norm, const Slopes& s, const void* grad,
 
 template <Dtype kDtype, bool kSilu, bool kWhole>
 T2P_INLINE void sums_of_vector(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at,
-                               int i, int count, float* sums) {
+                               int i, int count, float* dz, float* sums) {
   const int left = count - i;
-  const Derivative d = derivative<kDtype, true, kSilu, kWhole>(norm, s, grad, at, i, left);
+  const Derivative d = kept_derivative<kDtype, true, kSilu, kWhole>(norm, s, grad, at, i, left, dz);
   constexpr Dtype kF32 = Dtype::kFloat32;
   const F32 plain = add(get<kF32, kWhole>(sums, i, left), d.dz);
   const F32 weighted = multiply_add(d.dz, d.xhat, get<kF32, kWhole>(sums, count + i, left));
@@ -64,13 +74,14 @@ T2P_INLINE void sums_of_vector(const Norm& norm, const Slopes& s, const void* gr
 }
 
 template <Dtype kDtype, bool kSilu>
-T2P_INLINE void sums_of_each(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at,
-                             int count, float* sums) {
+T2P_INLINE void sums_of_each(const Norm& norm, const Slopes& slopes, const void* grad,
+                             std::int64_t at, int count, float* dz, float* sums) {
+  const Slopes s = slopes;
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    sums_of_vector<kDtype, kSilu, true>(norm, s, grad, at, i, count, sums);
+    sums_of_vector<kDtype, kSilu, true>(norm, s, grad, at, i, count, dz, sums);
   }
-  if (i < count) sums_of_vector<kDtype, kSilu, false>(norm, s, grad, at, i, count, sums);
+  if (i < count) sums_of_vector<kDtype, kSilu, false>(norm, s, grad, at, i, count, dz, sums);
 }
 
 template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>

@@ -45,11 +45,11 @@ struct Kernels {
   void (*apply_each)(const Norm& norm, const Affine& affine, std::int64_t at, int rows, void* y);
 
   // The sums of dz and of dz xhat over `count` elements of one channel, to sums[0] and sums[1]; and
-  // over `rows` positions, added to sums[i] and sums[c + i].
+  // over `rows` positions, added to sums[i] and sums[c + i]. Writes dz, too, unless that is null.
   void (*sums_one)(const Norm& norm, const Slopes& slopes, const void* grad, std::int64_t at,
-                   int count, float* sums);
+                   int count, float* dz, float* sums);
   void (*sums_each)(const Norm& norm, const Slopes& slopes, const void* grad, std::int64_t at,
-                    int rows, float* sums);
+                    int rows, float* dz, float* sums);
 
   // The gradient of x.
   void (*gradient_one)(const Norm& norm, const Slopes& slopes, const void* grad, std::int64_t at,
