@@ -200,7 +200,11 @@ def _resnet_block(
     """A residual block whose two norms do the activation, and the second the time embedding's scale
     and shift.
     """
-    if not _is_ours(input_tensor) or args or kwargs or _hooked(block.norm1, block.norm2):
+    unusual = block.time_emb_proj is None and (
+        temb is not None or block.time_embedding_norm == "scale_shift"
+    )
+    seen = _hooked(block.norm1, block.norm2, block.nonlinearity)
+    if not _is_ours(input_tensor) or args or kwargs or unusual or seen:
         result: Tensor = ResnetBlock2D.forward(block, input_tensor, temb, *args, **kwargs)
         return result
     x, h = input_tensor, _group_norm_silu(block.norm1, input_tensor)
