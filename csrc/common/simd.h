@@ -25,6 +25,9 @@
 // the even ones, interleave_even puts the even lanes of two vectors side by side. shift_right fills
 // with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits.
 //
+// reciprocal is 1 / a within 3 units in the last place, for a and 1 / a in the range of normal
+// numbers.
+//
 // min and max give `b` where either operand is a NaN.
 //
 // The scalar form is four lanes of compiler vectors, which any processor's baseline (SSE2, NEON)

@@ -145,6 +145,10 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
 T2P_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+T2P_INLINE F32 reciprocal(F32 a) {
+  const __m512 near = _mm512_rcp14_ps(a.v);
+  return {_mm512_fmadd_ps(near, _mm512_fnmadd_ps(a.v, near, _mm512_set1_ps(1.0f)), near)};
+}
 T2P_INLINE F64 divide(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
 T2P_INLINE F64 square_root(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {

@@ -153,6 +153,7 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
 T2P_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
+T2P_INLINE F32 reciprocal(F32 a) { return {1.0f / a.v}; }
 T2P_INLINE F64 divide(F64 a, F64 b) { return {a.v / b.v}; }
 T2P_INLINE F64 square_root(F64 a) {
   return {F64::type{__builtin_sqrt(a.v[0]), __builtin_sqrt(a.v[1])}};

@@ -153,3 +153,31 @@ def mrf_icm(
     labels: Tensor,
     threads: int,
 ) -> int: ...
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    y: Tensor,
+    statistics: Tensor,
+    threads: int,
+) -> None: ...
+def group_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    grad_x: Tensor,
+    sums: Tensor,
+    threads: int,
+) -> None: ...

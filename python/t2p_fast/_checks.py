@@ -3,8 +3,15 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["check_choice", "describe", "normalize_dim", "under_autocast"]
+__all__ = ["check_choice", "describe", "is_plain", "normalize_dim", "under_autocast"]
+
+_is_compiling = torch.compiler.is_compiling
+_count_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_grad_enabled = torch.is_grad_enabled
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -19,6 +26,19 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.layout).removeprefix('torch.')} tensor"
     return f"a {type(value).__name__}"
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether no gradient is wanted and no mode of torch would do more than run an op."""
+    if _is_compiling() or _count_modes() > 0 or _transform() is not None:
+        return False
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return False
+    grad = _is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+            return False
+    return True
 
 
 def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:

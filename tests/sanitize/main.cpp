@@ -16,6 +16,7 @@
 #include "common/buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "group_norm/group_norm.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
 #include "scheduler/scheduler.h"
@@ -105,6 +106,44 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
     t2p::vq::accumulate_cpu(from, indices.data(), k, threads, counts.data(), sums.data());
     if (threads == 1) first = distance;
     require(first == distance, "the same distances for any number of threads");
+  }
+}
+
+void group_norm(std::int64_t c, std::int64_t n, std::int64_t groups, bool channels_last,
+                t2p::group_norm::Dtype dtype) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const bool wide = dtype == t2p::group_norm::Dtype::kFloat32;
+  // As halves, any bits will do: 0x3000 to 0x3fff are small numbers in both formats.
+  std::vector<float> floats(wide ? 2 * c * n : 0);
+  std::vector<std::uint16_t> halves(wide ? 0 : 2 * c * n);
+  for (float& value : floats) value = normal(random);
+  for (std::uint16_t& value : halves) value = 0x3000 | (random() & 0xfff);
+  const void* x = wide ? static_cast<const void*>(floats.data()) : halves.data();
+  std::vector<float> each(2 * c, 0.5f), sums(4 * c), first;
+  std::vector<char> y(2 * c * n * (wide ? 4 : 2)), first_y;
+  std::vector<double> statistics(4 * groups);
+  const t2p::group_norm::Norm norm{.x = x,
+                                   .residual = x,
+                                   .weight = each.data(),
+                                   .bias = nullptr,
+                                   .scale = each.data(),
+                                   .shift = each.data(),
+                                   .dtype = dtype,
+                                   .channels_last = channels_last,
+                                   .b = 2,
+                                   .c = c,
+                                   .n = n,
+                                   .groups = groups,
+                                   .eps = 1e-5,
+                                   .silu = true};
+  for (int threads : {1, 2, 5}) {
+    t2p::group_norm::forward_cpu(norm, threads, y.data(), statistics.data());
+    if (threads == 1) first_y = y;
+    require(first_y == y, "the same normalised values for any number of threads");
+    t2p::group_norm::backward_cpu(norm, x, statistics.data(), threads, y.data(), sums.data());
+    if (threads == 1) first = sums;
+    require(first == sums, "the same gradients for any number of threads");
   }
 }
 
@@ -274,6 +313,14 @@ int main() {
       vq(6, 30, 1030, image, scale);
       vq(300, 2000, 9, image, scale, t2p::vq::Metric::kCosine);
       vq(300, 2000, 33, image, scale, t2p::vq::Metric::kDot);
+    }
+  }
+  for (bool channels_last : {false, true}) {
+    for (auto dtype : {t2p::group_norm::Dtype::kFloat32, t2p::group_norm::Dtype::kBfloat16,
+                       t2p::group_norm::Dtype::kFloat16}) {
+      group_norm(1, 1, 1, channels_last, dtype);
+      group_norm(33, 65, 11, channels_last, dtype);
+      group_norm(4, 4099, 1, channels_last, dtype);
     }
   }
   for (bool guided : {false, true}) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops: functions on tensors, differentiable and compilable, each with its own kernels."""
 
+from t2p_fast.ops.group_norm import group_norm_silu
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
 from t2p_fast.ops.masked_sampling import MaskedSample, mask_counts, masked_sample
 from t2p_fast.ops.mrf import mrf_energy, mrf_mean_field
@@ -18,6 +19,7 @@ __all__ = [
     "MaskedSample",
     "codebook_labels",
     "grid_neighbours",
+    "group_norm_silu",
     "kmeans",
     "mask_counts",
     "masked_sample",

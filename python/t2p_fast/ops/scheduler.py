@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from t2p_fast._checks import is_plain
 from t2p_fast._library import _C, define_op
 from t2p_fast.ops.scheduler_autograd import (
     CLIP,
@@ -157,23 +158,8 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
-_is_compiling = torch.compiler.is_compiling
-_count_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_is_grad_enabled = torch.is_grad_enabled
 _empty_like = torch.empty_like
 _get_num_threads = torch.get_num_threads
-
-
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether no gradient is wanted and no mode of torch would do more than run the op."""
-    if _is_compiling() or _count_modes() > 0 or _transform() is not None:
-        return False
-    grad = _is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
-            return False
-    return True
 
 
 def run_step(
@@ -187,7 +173,7 @@ def run_step(
     kernel refuses is checked and converted, and then given to the registered op.
     """
     sample = arguments[0]
-    if _is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
+    if is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
         try:
             if out is None:
                 prev = _empty_like(sample)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
+from t2p_fast.reference.group_norm import group_norm_silu
 from t2p_fast.reference.masked_sampling import MaskedSample, masked_sample
 from t2p_fast.reference.mrf import mrf_bp, mrf_energy, mrf_icm, mrf_marginals, mrf_mean_field
 from t2p_fast.reference.scheduler import (
@@ -22,6 +23,7 @@ from t2p_fast.reference.vq import KMeansResult, kmeans, vq_lookup, vq_nearest, v
 __all__ = [
     "KMeansResult",
     "MaskedSample",
+    "group_norm_silu",
     "kmeans",
     "masked_sample",
     "mrf_bp",
