@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace t2p {
 
 namespace group_norm {
+namespace linear_attention {
 void bind(py::module_& m);
 }
 namespace masked_sampling {
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &t2p::build_info);
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
   t2p::group_norm::bind(m);
+  t2p::linear_attention::bind(m);
   t2p::masked_sampling::bind(m);
   t2p::mrf::bind(m);
   t2p::scheduler::bind(m);

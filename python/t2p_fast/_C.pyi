@@ -60,6 +60,42 @@ def vq_accumulate_sorted(
     x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
 ) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    initial_state: Tensor | None,
+    feature: str,
+    causal: bool,
+    normalize: bool,
+    eps: float,
+    scale: float,
+    out: Tensor,
+    state: Tensor | None,
+    threads: int,
+) -> None: ...
+def linear_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    initial_state: Tensor | None,
+    feature: str,
+    causal: bool,
+    normalize: bool,
+    eps: float,
+    scale: float,
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_initial_state: Tensor | None,
+    threads: int,
+) -> None: ...
 def masked_sample(
     logits: Tensor,
     uncond: Tensor | None,

@@ -3,6 +3,7 @@
 
 from t2p_fast.ops.group_norm import group_norm_silu
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
+from t2p_fast.ops.linear_attention import linear_attention
 from t2p_fast.ops.masked_sampling import MaskedSample, mask_counts, masked_sample
 from t2p_fast.ops.mrf import mrf_energy, mrf_mean_field
 from t2p_fast.ops.mrf_cuts import mrf_alpha_expansion
@@ -21,6 +22,7 @@ __all__ = [
     "grid_neighbours",
     "group_norm_silu",
     "kmeans",
+    "linear_attention",
     "mask_counts",
     "masked_sample",
     "mrf_alpha_expansion",

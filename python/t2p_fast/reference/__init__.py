@@ -2,6 +2,7 @@
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
 from t2p_fast.reference.group_norm import group_norm_silu
+from t2p_fast.reference.linear_attention import linear_attention
 from t2p_fast.reference.masked_sampling import MaskedSample, masked_sample
 from t2p_fast.reference.mrf import mrf_bp, mrf_energy, mrf_icm, mrf_marginals, mrf_mean_field
 from t2p_fast.reference.scheduler import (
@@ -25,6 +26,7 @@ __all__ = [
     "MaskedSample",
     "group_norm_silu",
     "kmeans",
+    "linear_attention",
     "masked_sample",
     "mrf_bp",
     "mrf_energy",

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows into and out of scratch, and the matrix product between. Included once per ISA.
+#pragma once
+
+#include <cstdint>
+
+#include "common/exp-inl.h"
+#include "common/half.h"
+#include "common/simd.h"
+#include "linear_attention/kernels.h"
+
+namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
+namespace {
+
+using namespace simd::T2P_ISA_NAMESPACE;
+
+template <Feature feature>
+T2P_INLINE F32 mapped(F32 x) {
+  const F32 zero = broadcast(0.0f);
+  if constexpr (feature == Feature::kRelu) return max(zero, x);
+  if constexpr (feature == Feature::kElu) {
+    return select(less(zero, x), add(x, broadcast(1.0f)), exp_nonpositive<true>(min(zero, x)));
+  }
+  return x;
+}
+
+// phi'(x) from phi(x).
+T2P_INLINE F32 slope(Feature feature, F32 phi) {
+  const F32 zero = broadcast(0.0f), one = broadcast(1.0f);
+  if (feature == Feature::kRelu) return select(less(zero, phi), one, zero);
+  if (feature == Feature::kElu) return min(one, phi);
+  return one;
+}
+
+template <Format format>
+T2P_INLINE F32 vector_at(const void* data, std::int64_t at) {
+  if constexpr (format == Format::kF32) return load(static_cast<const float*>(data) + at);
+  const std::uint16_t* words = static_cast<const std::uint16_t*>(data) + at;
+  if constexpr (format == Format::kBf16) return load_bf16(words);
+  return load_f16(words);
+}
+
+template <Format format>
+T2P_INLINE float number_at(const void* data, std::int64_t at) {
+  if constexpr (format == Format::kF32) return static_cast<const float*>(data)[at];
+  const std::uint16_t word = static_cast<const std::uint16_t*>(data)[at];
+  return format == Format::kBf16 ? bfloat16_to_float(word) : float16_to_float(word);
+}
+
+T2P_INLINE std::int64_t place(const Rows& rows, const Head& head, std::int64_t row) {
+  return head.batch * rows.batch + head.head * rows.head + (head.first + row) * rows.row;
+}
+
+T2P_INLINE const std::uint8_t* mask_of(const Attention& attention, const Head& head) {
+  return attention.mask ? attention.mask + head.batch * attention.n + head.first : nullptr;
+}
+
+template <Format format, Feature feature>
+void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+             std::int64_t height, std::int64_t channels, const std::uint8_t* mask, float* to) {
+  const std::int64_t width = padded(channels);
+  for (std::int64_t i = 0; i < height; ++i, to += width) {
+    if (i >= count || (mask && !mask[begin + i])) {
+      for (std::int64_t c = 0; c < width; c += kLanes) store(to + c, broadcast(0.0f));
+      continue;
+    }
+    const std::int64_t at = place(rows, head, begin + i);
+    std::int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      store(to + c, mapped<feature>(vector_at<format>(rows.data, at + c)));
+    }
+    if (c == width) continue;
+    float tail[kPad + kLanes] = {};
+    for (std::int64_t j = c; j < channels; ++j) tail[j - c] = number_at<format>(rows.data, at + j);
+    store(tail, mapped<feature>(load(tail)));
+    for (std::int64_t j = c; j < width; ++j) to[j] = j < channels ? tail[j - c] : 0.0f;
+  }
+}
+
+template <Format format>
+void read_format(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+                 std::int64_t height, std::int64_t channels, Feature feature,
+                 const std::uint8_t* mask, float* to) {
+  const auto read = feature == Feature::kRelu  ? read_as<format, Feature::kRelu>
+                    : feature == Feature::kElu ? read_as<format, Feature::kElu>
+                                               : read_as<format, Feature::kIdentity>;
+  read(rows, head, begin, count, height, channels, mask, to);
+}
+
+// phi of the rows [begin, begin + count) into `height` rows of padded(channels) floats; the rest,
+// and rows that the mask leaves out, are zeros.
+void read_rows(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+               std::int64_t height, std::int64_t channels, Feature feature,
+               const std::uint8_t* mask, float* to) {
+  const auto read = rows.format == Format::kF32    ? read_format<Format::kF32>
+                    : rows.format == Format::kBf16 ? read_format<Format::kBf16>
+                                                   : read_format<Format::kF16>;
+  read(rows, head, begin, count, height, channels, feature, mask, to);
+}
+
+void write_row(const Rows& rows, const Head& head, std::int64_t row, std::int64_t channels,
+               const float* from) {
+  const std::int64_t at = place(rows, head, row);
+  if (rows.format == Format::kF32) {
+    float* to = static_cast<float*>(rows.data) + at;
+    std::int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(to + c, load(from + c));
+    for (; c < channels; ++c) to[c] = from[c];
+    return;
+  }
+  std::uint16_t* to = static_cast<std::uint16_t*>(rows.data) + at;
+  if (rows.format == Format::kBf16) {
+    for (std::int64_t c = 0; c < channels; ++c) to[c] = float_to_bfloat16(from[c]);
+  } else {
+    for (std::int64_t c = 0; c < channels; ++c) to[c] = float_to_float16(from[c]);
+  }
+}
+
+// A matrix in scratch; transposed by exchanging the steps.
+struct Matrix {
+  const float* data;
+  std::int64_t row, column;
+};
+
+constexpr int kTileRows = kLanes == 16 ? 8 : 4;
+
+template <int vectors, bool sums>
+T2P_INLINE void multiply_tile(const Matrix& a, std::int64_t depth, const float* b, std::int64_t ldb,
+                              float* c, std::int64_t ldc) {
+  F32 sum[kTileRows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = sums ? load(c + i * ldc + j * kLanes) : broadcast(0.0f);
+    }
+  }
+  const float* at = a.data;
+  for (std::int64_t k = 0; k < depth; ++k, at += a.column, b += ldb) {
+    F32 right[vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const F32 left = broadcast(at[i * a.row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+  }
+}
+
+// c [height, width] = (c +) a [height, depth] b [depth, width]; height is a multiple of 8, width of
+// kPad.
+template <bool sums>
+void multiply(Matrix a, std::int64_t height, std::int64_t depth, const float* b, std::int64_t ldb,
+              std::int64_t width, float* c, std::int64_t ldc) {
+  for (std::int64_t i = 0; i < height; i += kTileRows, a.data += kTileRows * a.row) {
+    std::int64_t j = 0;
+    for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+      multiply_tile<2, sums>(a, depth, b + j, ldb, c + i * ldc + j, ldc);
+    }
+    if (j < width) multiply_tile<1, sums>(a, depth, b + j, ldb, c + i * ldc + j, ldc);
+  }
+}
+
+void transpose(const float* from, std::int64_t height, std::int64_t width, float* to) {
+  for (std::int64_t i = 0; i < height; ++i) {
+    for (std::int64_t j = 0; j < width; ++j) to[j * height + i] = from[i * width + j];
+  }
+}
+
+// p [kChunk, kChunk] = a b^T where the column is not after the row, 0 elsewhere; a is
+// [kChunk, width], b_t [width, kChunk].
+void multiply_lower(const float* a, const float* b_t, std::int64_t width, float* p) {
+  for (std::int64_t i = 0; i < kChunk; i += 8) {
+    const std::int64_t reached = padded(i + 8);
+    float* rows = p + i * kChunk;
+    multiply<false>({a + i * width, width, 1}, 8, width, b_t, kChunk, reached, rows, kChunk);
+    for (std::int64_t r = 0; r < 8; ++r) {
+      for (std::int64_t j = i + r + 1; j < kChunk; ++j) rows[r * kChunk + j] = 0.0f;
+    }
+  }
+}
+
+T2P_INLINE float dot(const float* a, const float* b, std::int64_t width) {
+  F32 sum = broadcast(0.0f);
+  for (std::int64_t c = 0; c < width; c += kLanes) sum = multiply_add(load(a + c), load(b + c), sum);
+  return reduce_add(sum);
+}
+
+// y += a x
+T2P_INLINE void add_scaled(float a, const float* x, std::int64_t width, float* y) {
+  for (std::int64_t c = 0; c < width; c += kLanes) {
+    store(y + c, multiply_add(broadcast(a), load(x + c), load(y + c)));
+  }
+}
+
+T2P_INLINE void scale_row(float a, std::int64_t width, float* x) {
+  for (std::int64_t c = 0; c < width; c += kLanes) store(x + c, mul(broadcast(a), load(x + c)));
+}
+
+}  // namespace
+}  // namespace t2p::linear_attention::T2P_ISA_NAMESPACE

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention against the float64 reference: results, states and gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from t2p_fast import reference
+from t2p_fast.ops import linear_attention
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+FEATURES = ["relu", "elu+1", "identity"]
+
+
+def _case(
+    b: int, h: int, m: int, n: int, d: int, e: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and a state whose normaliser is no cancelled sum."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(b, h, *shape, generator=generator).to(dtype)
+        for shape in ((m, d), (n, d), (n, e))
+    )
+    return q, k, v, torch.rand(b, h, d, e + 1, generator=generator) + 0.5
+
+
+def _assert_close(
+    ours: Tensor, truth: Tensor, dtype: torch.dtype = torch.float32, steps: int = 1
+) -> None:
+    """Within the rounding of `steps` sums in float32 and of the result's own dtype.
+
+    Sums of terms of both signs err by the size of the terms, so errors are held against the largest
+    result.
+    """
+    assert ours.dtype == dtype
+    if truth.numel() == 0:
+        assert ours.shape == truth.shape
+        return
+    largest = float(truth.abs().max())
+    tolerance = largest * (steps + 64) ** 0.5 * 2.0**-21 + 1e-30
+    torch.testing.assert_close(
+        ours.double(), truth.double(), rtol=torch.finfo(dtype).eps, atol=tolerance
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    b=st.integers(0, 2),
+    h=st.integers(1, 3),
+    m=st.integers(0, 150),
+    n=st.integers(0, 150),
+    d=st.sampled_from([1, 8, 15, 32, 40, 64, 130, 256]),
+    e=st.sampled_from([1, 8, 17, 32, 48, 256]),
+    feature=st.sampled_from(FEATURES),
+    causal=st.booleans(),
+    with_state=st.booleans(),
+    masked=st.booleans(),
+    scale=st.sampled_from([1.0, 0.125]),
+    layout=st.sampled_from(["bhnd", "bnhd"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**20),
+)
+def test_linear_attention_is_the_reference(
+    b: int, h: int, m: int, n: int, d: int, e: int, feature: str, causal: bool, with_state: bool,
+    masked: bool, scale: float, layout: str, dtype: torch.dtype, seed: int,
+) -> None:  # fmt: skip
+    if causal:
+        m = n
+    q, k, v, initial = _case(b, h, m, n, d, e, seed, dtype)
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(seed)) < 0.7
+    options: dict[str, Any] = {
+        "feature": feature, "causal": causal, "normalize": feature != "identity", "scale": scale,
+        "eps": 0.1, "key_mask": mask if masked else None,
+    }  # fmt: skip
+    truth, state_truth = reference.linear_attention(
+        q.double(), k.double(), v.double(),
+        initial_state=initial.double() if with_state else None, **options,
+    )  # fmt: skip
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out, state = linear_attention(
+        q, k, v, initial_state=initial if with_state else None, return_state=True, layout=layout,
+        **options,
+    )  # fmt: skip
+    assert out.is_contiguous()
+    _assert_close(out.transpose(1, 2) if layout == "bnhd" else out, truth, dtype, n + d)
+    _assert_close(state, state_truth, steps=n)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("shape", [(2, 3, 70, 32, 32), (1, 2, 1, 8, 13), (1, 1, 130, 72, 20)])
+def test_linear_attention_gradients(
+    causal: bool, feature: str, shape: tuple[int, int, int, int, int]
+) -> None:
+    b, h, n, d, e = shape
+    tensors = _case(b, h, n if causal else n + 9, n, d, e)
+    mask = torch.arange(n) % 3 != 1 if n > 1 else torch.ones(n, dtype=torch.bool)
+    options: dict[str, Any] = {
+        "feature": feature, "causal": causal, "normalize": feature != "identity", "scale": 0.5,
+        "key_mask": mask.expand(b, n), "eps": 1e-3,
+    }  # fmt: skip
+    ours = [x.clone().requires_grad_() for x in tensors]
+    exact = [x.double().requires_grad_() for x in tensors]
+    out, state = linear_attention(
+        *ours[:3], initial_state=ours[3], return_state=True, **options
+    )
+    truth, state_truth = reference.linear_attention(*exact[:3], initial_state=exact[3], **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator) for x in (out, state)]
+    found = torch.autograd.grad([out, state], ours, weights)
+    wanted = torch.autograd.grad([truth, state_truth], exact, [w.double() for w in weights])
+    for gradient, right in zip(found, wanted, strict=True):
+        _assert_close(gradient, right, steps=4 * n)
+    assert (found[1][:, :, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_split_sequence(causal: bool) -> None:
+    """Long enough to be cut into parts; the bits do not depend on the threads."""
+    q, k, v, initial = _case(1, 2, 1300, 1300, 32, 24)
+    truth, state_truth = reference.linear_attention(
+        q.double(), k.double(), v.double(), causal=causal, initial_state=initial.double()
+    )
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(linear_attention(q, k, v, causal=causal, initial_state=initial,
+                                            return_state=True))  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for out, state in results:
+        _assert_close(out, truth, steps=1300)
+        _assert_close(state, state_truth, steps=1300)
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(state, results[0][1])
+
+
+def test_linear_attention_state_carries_on() -> None:
+    q, k, v, _ = _case(2, 2, 90, 90, 16, 16)
+    whole = linear_attention(q, k, v, causal=True)
+    first, state = linear_attention(*(x[:, :, :37] for x in (q, k, v)), causal=True,
+                                    return_state=True)  # fmt: skip
+    second = linear_attention(*(x[:, :, 37:] for x in (q, k, v)), causal=True, initial_state=state)
+    _assert_close(torch.cat([first, second], 2), whole, steps=90)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_packed_sequences(causal: bool) -> None:
+    lengths = [5, 0, 64, 1, 33]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v, _ = _case(1, 2, sum(lengths), sum(lengths), 16, 8)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, state = linear_attention(q, k, v, causal=causal, cu_seqlens=offsets, return_state=True)
+    alone = [
+        linear_attention(*(x[:, :, a:b] for x in leaves), causal=causal, return_state=True)
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat([o for o, _ in alone], 2))
+    torch.testing.assert_close(state, torch.cat([s for _, s in alone]))
+    weight = torch.randn(out.shape)
+    found = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+    wanted = torch.autograd.grad(torch.cat([o for o, _ in alone], 2), leaves, weight)
+    for gradient, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def test_linear_attention_masked_keys_do_not_matter() -> None:
+    q, k, v, _ = _case(1, 2, 20, 20, 16, 16)
+    mask = torch.arange(20)[None] < 12
+    k[:, :, 12:], v[:, :, 12:] = torch.nan, torch.inf
+    for causal in (False, True):
+        found = linear_attention(q, k, v, key_mask=mask, causal=causal)
+        if causal:
+            found = found[:, :, :12]
+            wanted = linear_attention(q[:, :, :12], k[:, :, :12], v[:, :, :12], causal=True)
+        else:
+            wanted = linear_attention(q, k[:, :, :12], v[:, :, :12])
+        torch.testing.assert_close(found, wanted)
+
+
+def test_linear_attention_keeps_nan() -> None:
+    q, k, v, _ = _case(1, 1, 4, 4, 8, 8)
+    for x in (q, k, v):
+        changed = x.clone()
+        changed[0, 0, 2, 3] = torch.nan
+        out = linear_attention(*(changed if x is y else y for y in (q, k, v)))
+        assert out[0, 0, 2].isnan().any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_opcheck(causal: bool) -> None:
+    q, k, v, initial = _case(1, 2, 9, 9, 8, 4)
+    for layout, return_state in (("bhnd", True), ("bnhd", False)):
+        arguments = [x.clone().requires_grad_() for x in (q, k, v)]
+        torch.library.opcheck(
+            torch.ops.t2p_fast.linear_attention.default,
+            (*arguments, None, None, initial.clone().requires_grad_(), "elu+1", causal, True, 1e-3,
+             1.0, layout, return_state),
+        )  # fmt: skip
+
+
+def test_linear_attention_compiles() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in _case(1, 2, 12, 12, 8, 8))
+    compiled = torch.compile(
+        lambda q, k, v: linear_attention(q, k, v, causal=True).sum(), fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
+    wanted = torch.autograd.grad(linear_attention(q, k, v, causal=True).sum(), (q, k, v))
+    for found, right in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni"])
+def test_linear_attention_on_every_isa(isa: str, run_python: Callable[..., str]) -> None:
+    program = """
+import torch
+from t2p_fast import _C, reference
+from t2p_fast.ops import linear_attention
+torch.manual_seed(0)
+for causal in (False, True):
+    for feature in ("relu", "elu+1"):
+        x = [torch.randn(1, 2, 50, c).requires_grad_() for c in (24, 24, 40)]
+        y = [t.detach().double().requires_grad_() for t in x]
+        out = linear_attention(*x, causal=causal, feature=feature, eps=0.1)
+        truth = reference.linear_attention(*y, causal=causal, feature=feature, eps=0.1)[0]
+        torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(out.square().sum(), x),
+                        torch.autograd.grad(truth.square().sum(), y)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+print(_C.build_info()["isa"])
+"""
+    if isa not in _supported():
+        pytest.skip(f"no {isa} here")
+    assert run_python(program, T2P_ISA=isa).strip() == isa
+
+
+def _supported() -> list[str]:
+    from t2p_fast import _C
+
+    levels = ["scalar", "avx2", "avx512", "avx512_vnni"]
+    return levels[: levels.index(_C.build_info()["isa"]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"feature": "gelu"}, ValueError, "feature='gelu' is not supported"),
+        ({"layout": "nbhd"}, ValueError, "layout='nbhd' is not supported"),
+        ({"q": torch.randn(2, 8, 4)}, ValueError, "q must have 4 dimensions"),
+        ({"q": torch.randn(1, 2, 8, 4).double()}, TypeError, "got float64"),
+        ({"k": torch.randn(1, 2, 8, 4).half()}, TypeError, "k is float16 but q is float32"),
+        ({"k": torch.randn(1, 2, 8, 5)}, ValueError, "k must be [1, 2, 8, 4], got [1, 2, 8, 5]"),
+        ({"v": torch.randn(1, 2, 7, 4)}, ValueError, "v must be [1, 2, 8, 4], got [1, 2, 7, 4]"),
+        ({"q": torch.randn(1, 2, 7, 4), "causal": True}, ValueError, "as many keys as queries"),
+        ({"key_mask": torch.ones(1, 8)}, TypeError, "key_mask must be bool, got float32"),
+        ({"key_mask": torch.ones(1, 7).bool()}, ValueError, "key_mask must be [1, 8], got [1, 7]"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "begin with 0 and end with 8"),
+        ({"cu_seqlens": torch.tensor([0, 9, 8])}, ValueError, "must not fall, got 9 before 8"),
+        ({"initial_state": torch.zeros(1, 2, 4, 4)}, ValueError, "must be [1, 2, 4, 5]"),
+    ],
+)
+def test_linear_attention_errors(change: dict[str, Any], error: type, text: str) -> None:
+    arguments = dict(zip("qkv", (torch.randn(1, 2, 8, 4) for _ in range(3)), strict=True))
+    with pytest.raises(error) as caught:
+        linear_attention(**{**arguments, **change})
+    assert "linear_attention: " in str(caught.value)
+    assert text in str(caught.value)
