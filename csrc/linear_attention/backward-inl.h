@@ -19,12 +19,12 @@ namespace {
 
 // What a pass over rows works with; S is kept transposed, as x_i and dk'_j want it.
 struct Work {
-  float *state_t, *z;      // [ep, dp], [dp]
-  float *grad, *grad_z;    // [dp, ep], [dp]
-  float* grad_t;           // [ep, dp]
-  float *queries, *keys, *rows_d;         // [kRows, dp]
-  float *grads, *values, *rows_e;         // [kRows, ep]
-  float *transposed, *products;           // [max(dp, ep), kChunk], [kChunk, kChunk]
+  float *state_t, *z;              // [ep, dp], [dp]
+  float *grad, *grad_z;            // [dp, ep], [dp]
+  float* grad_t;                   // [ep, dp]
+  float *queries, *keys, *rows_d;  // [kRows, dp]
+  float *grads, *values, *rows_e;  // [kRows, ep]
+  float *transposed, *products;    // [max(dp, ep), kChunk], [kChunk, kChunk]
 };
 
 // Writes phi'(x) times the row; zeros where a key is masked.

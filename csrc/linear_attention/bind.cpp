@@ -39,8 +39,8 @@ float* floats(const char* name, const std::optional<TensorView>& tensor, const A
   check_contiguous(kOp, name, *tensor);
   T2P_CHECK(tensor->ndim() == 4 && tensor->size(0) == sizes.s && tensor->size(1) == sizes.h &&
                 tensor->size(2) == sizes.d && tensor->size(3) == sizes.e + 1,
-            kOp, ": ", name, " must be [", sizes.s, ", ", sizes.h, ", ", sizes.d, ", ",
-            sizes.e + 1, "], got ", tensor->shape_text());
+            kOp, ": ", name, " must be [", sizes.s, ", ", sizes.h, ", ", sizes.d, ", ", sizes.e + 1,
+            "], got ", tensor->shape_text());
   return tensor->data<float>();
 }
 
@@ -113,8 +113,8 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
              const std::optional<TensorView>& initial_state, const std::string& feature,
              bool causal, bool normalize, double eps, double scale, const TensorView& out,
              const std::optional<TensorView>& state, int threads) {
-  const Attention attention = attention_of(q, k, v, mask, offsets, initial_state, feature, causal,
-                                           normalize, eps, scale);
+  const Attention attention =
+      attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
   const Rows rows = rows_of("out", out, q, q.size(0), attention.h, attention.m, attention.e);
   float* last = floats("state", state, attention);
   py::gil_scoped_release nogil;
@@ -128,8 +128,8 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v,
               const std::optional<TensorView>& grad_state, const TensorView& grad_q,
               const TensorView& grad_k, const TensorView& grad_v,
               const std::optional<TensorView>& grad_initial_state, int threads) {
-  const Attention attention = attention_of(q, k, v, mask, offsets, initial_state, feature, causal,
-                                           normalize, eps, scale);
+  const Attention attention =
+      attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
   const std::int64_t b = q.size(0), h = attention.h, m = attention.m, n = attention.n;
   const Gradients gradients{
       .out = rows_of("grad_out", grad_out, q, b, h, m, attention.e),

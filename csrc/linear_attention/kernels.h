@@ -19,9 +19,9 @@ inline std::int64_t padded(std::int64_t channels) { return ceil_div(channels, kP
 
 // One head of one sequence, and sizes padded.
 struct Head {
-  std::int64_t batch, head, m, n;    //
-  std::int64_t first;                // row where the sequence begins
-  std::int64_t dp, ep;               // d and e, padded
+  std::int64_t batch, head, m, n;  //
+  std::int64_t first;              // row where the sequence begins
+  std::int64_t dp, ep;             // d and e, padded
 };
 
 // A state in scratch: S [dp, ep], then z [dp].

@@ -64,8 +64,8 @@ void scan(const Attention& attention, const Head& head, std::int64_t begin, std:
     multiply_lower(queries, keys_t, dp, products);
     multiply<false>({queries, dp, 1}, kChunk, attention.d, state, ep, ep, outputs, ep);
     for (std::int64_t i = 0; i < kChunk; i += 8) {
-      multiply<true>({products + i * kChunk, kChunk, 1}, 8, i + 8, values, ep, ep,
-                     outputs + i * ep, ep);
+      multiply<true>({products + i * kChunk, kChunk, 1}, 8, i + 8, values, ep, ep, outputs + i * ep,
+                     ep);
     }
     multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
     for (std::int64_t i = 0; i < count; ++i) {

@@ -26,10 +26,10 @@ struct Rows {
 };
 
 struct Attention {
-  Rows q, k, v;                  // [b, h, m, d], [b, h, n, d], [b, h, n, e]
-  const std::uint8_t* mask;      // [b, n], 0 where a key is left out, or null
-  const std::int64_t* offsets;   // [s + 1] where sequences begin if b = 1 holds them all, or null
-  const float* initial_state;    // [s, h, d, e + 1]: S and, in the last column, z; or null
+  Rows q, k, v;                 // [b, h, m, d], [b, h, n, d], [b, h, n, e]
+  const std::uint8_t* mask;     // [b, n], 0 where a key is left out, or null
+  const std::int64_t* offsets;  // [s + 1] where sequences begin if b = 1 holds them all, or null
+  const float* initial_state;   // [s, h, d, e + 1]: S and, in the last column, z; or null
   std::int64_t s, h, m, n, d, e;
   Feature feature;
   bool causal, normalize;  // causal: m = n; not normalized: o_i is the numerator
@@ -40,10 +40,10 @@ struct Attention {
 void forward_cpu(const Attention& attention, int threads, const Rows& out, float* state);
 
 struct Gradients {
-  Rows out;                // [b, h, m, e] given
-  const float* state;      // [s, h, d, e + 1] given, or null
-  Rows q, k, v;            // of the shapes of q, k and v
-  float* initial_state;    // [s, h, d, e + 1] or null
+  Rows out;              // [b, h, m, e] given
+  const float* state;    // [s, h, d, e + 1] given, or null
+  Rows q, k, v;          // of the shapes of q, k and v
+  float* initial_state;  // [s, h, d, e + 1] or null
 };
 
 void backward_cpu(const Attention& attention, int threads, const Gradients& gradients);

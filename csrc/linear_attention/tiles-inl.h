@@ -189,7 +189,8 @@ void multiply_lower(const float* a, const float* b_t, std::int64_t width, float*
 
 T2P_INLINE float dot(const float* a, const float* b, std::int64_t width) {
   F32 sum = broadcast(0.0f);
-  for (std::int64_t c = 0; c < width; c += kLanes) sum = multiply_add(load(a + c), load(b + c), sum);
+  for (std::int64_t c = 0; c < width; c += kLanes)
+    sum = multiply_add(load(a + c), load(b + c), sum);
   return reduce_add(sum);
 }
 

@@ -20,7 +20,7 @@ _LAYOUTS = ("bhnd", "bnhd")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# The kernels, each beside its fake -----------------------------------------------------------------
+# The kernels, each beside its fake ---------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -56,11 +56,20 @@ def _attend(
 
 
 def _attend_fake(
-    q: Tensor, k: Tensor, v: Tensor,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_state: Tensor | None,
-    feature: str, causal: bool, normalize: bool, eps: float, scale: float,
-    layout: str, return_state: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,
+    key_mask: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,  # noqa: ARG001
+    feature: str,  # noqa: ARG001
+    causal: bool,  # noqa: ARG001
+    normalize: bool,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    layout: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
     b, h, m, d = q.shape
     e = v.shape[3]
     if layout == "bnhd":
@@ -93,11 +102,20 @@ def _backward(
 
 
 def _backward_fake(
-    q: Tensor, k: Tensor, v: Tensor,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_state: Tensor | None,
-    feature: str, causal: bool, normalize: bool, eps: float, scale: float,
-    grad_out: Tensor, grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,  # noqa: ARG001
+    initial_state: Tensor | None,
+    feature: str,  # noqa: ARG001
+    causal: bool,  # noqa: ARG001
+    normalize: bool,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    grad_out: Tensor,  # noqa: ARG001
+    grad_state: Tensor | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     shape = [0] if initial_state is None else initial_state.shape
     return grad_q, grad_k, grad_v, q.new_empty(shape, dtype=torch.float32)
@@ -140,7 +158,7 @@ _linear_attention_backward = define_op(
 )
 
 
-# The public function -------------------------------------------------------------------------------
+# The public function -----------------------------------------------------------------------------
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
