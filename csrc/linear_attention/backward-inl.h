@@ -35,7 +35,7 @@ void write_slope(const Rows& rows, const Head& head, std::int64_t row, std::int6
     const F32 product = mul(slope(feature, load(phi + c)), load(gradient + c));
     store(gradient + c, kept ? product : broadcast(0.0f));
   }
-  write_row(rows, head, row, channels, gradient);
+  write_row(rows, head, row, channels, 1.0f, gradient);
 }
 
 // From x_i (in `x`) and g_i to dq'_i and N_i g_i; returns {N_i, u_i}.
@@ -63,8 +63,9 @@ void backward_all(const Attention& attention, const Head& head, const Gradients&
     read_rows(attention.k, head, row, count, count, d, attention.feature, mask, w.keys);
     read_rows(attention.v, head, row, count, count, e, Feature::kIdentity, mask, w.values);
     multiply<true>({w.values, 1, ep}, ep, count, w.keys, dp, dp, w.state_t, dp);
-    for (std::int64_t i = 0; i < count; ++i) add_scaled(1.0f, w.keys + i * dp, dp, w.z);
+    sum_rows(w.keys, nullptr, count, dp, w.z);
   }
+  float of_z[kRows];
   for (std::int64_t row = 0; row < head.m; row += kRows) {
     const std::int64_t count = head.m - row < kRows ? head.m - row : kRows;
     const std::int64_t height = (count + 7) / 8 * 8;
@@ -75,9 +76,10 @@ void backward_all(const Attention& attention, const Head& head, const Gradients&
       float *query = w.queries + i * dp, *x = w.rows_d + i * dp;
       const Factors factors = query_gradient(attention, query, w.z, dp, x);
       scale_row(factors.scale, ep, w.grads + i * ep);
-      add_scaled(factors.of_z, query, dp, w.grad_z);
+      of_z[i] = factors.of_z;
       write_slope(gradients.q, head, row + i, d, attention.feature, nullptr, query, x);
     }
+    sum_rows(w.queries, of_z, count, dp, w.grad_z);
     multiply<true>({w.queries, 1, dp}, dp, count, w.grads, ep, ep, w.grad, ep);
   }
   transpose(w.grad, dp, ep, w.grad_t);
@@ -92,7 +94,7 @@ void backward_all(const Attention& attention, const Head& head, const Gradients&
       float *key = w.keys + i * dp, *x = w.rows_d + i * dp;
       add_scaled(1.0f, w.grad_z, dp, x);
       write_slope(gradients.k, head, row + i, d, attention.feature, mask, key, x);
-      write_row(gradients.v, head, row + i, e, w.rows_e + i * ep);
+      write_row(gradients.v, head, row + i, e, 1.0f, w.rows_e + i * ep);
     }
   }
 }
@@ -145,7 +147,7 @@ void backward_causal(const Attention& attention, const Head& head, const Gradien
       add_scaled(factors[2 * (row + i) + 1], w.queries + i * dp, dp, w.grad_z);
       add_scaled(1.0f, w.grad_z, dp, x);
       write_slope(gradients.k, head, row + i, d, attention.feature, mask, key, x);
-      write_row(gradients.v, head, row + i, e, w.rows_e + i * ep);
+      write_row(gradients.v, head, row + i, e, 1.0f, w.rows_e + i * ep);
     }
   }
 }

@@ -19,7 +19,7 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
     read_rows(attention.k, head, row, count, count, attention.d, attention.feature, mask, keys);
     read_rows(attention.v, head, row, count, count, attention.e, Feature::kIdentity, mask, values);
     multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
-    for (std::int64_t i = 0; i < count; ++i) add_scaled(1.0f, keys + i * dp, dp, z);
+    sum_rows(keys, nullptr, count, dp, z);
   }
 }
 
@@ -41,8 +41,8 @@ void apply(const Attention& attention, const Head& head, std::int64_t begin, std
               queries);
     multiply<false>({queries, dp, 1}, height, attention.d, state, ep, ep, outputs, ep);
     for (std::int64_t i = 0; i < count; ++i) {
-      scale_row(factor(attention, queries + i * dp, state + dp * ep, dp), ep, outputs + i * ep);
-      write_row(out, head, row + i, attention.e, outputs + i * ep);
+      const float by = factor(attention, queries + i * dp, state + dp * ep, dp);
+      write_row(out, head, row + i, attention.e, by, outputs + i * ep);
     }
   }
 }
@@ -70,8 +70,8 @@ void scan(const Attention& attention, const Head& head, std::int64_t begin, std:
     multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
     for (std::int64_t i = 0; i < count; ++i) {
       add_scaled(1.0f, keys + i * dp, dp, z);
-      scale_row(factor(attention, queries + i * dp, z, dp), ep, outputs + i * ep);
-      write_row(out, head, row + i, attention.e, outputs + i * ep);
+      const float by = factor(attention, queries + i * dp, z, dp);
+      write_row(out, head, row + i, attention.e, by, outputs + i * ep);
     }
   }
 }

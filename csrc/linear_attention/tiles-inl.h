@@ -55,6 +55,16 @@ T2P_INLINE const std::uint8_t* mask_of(const Attention& attention, const Head& h
   return attention.mask ? attention.mask + head.batch * attention.n + head.first : nullptr;
 }
 
+// The next tile is on its way while this one is computed with. Past the end nothing is loaded.
+T2P_INLINE void prefetch_row(const Rows& rows, std::int64_t at, std::int64_t channels) {
+  const std::int64_t bytes = rows.format == Format::kF32 ? 4 : 2;
+  const auto address =
+      reinterpret_cast<std::uintptr_t>(rows.data) + static_cast<std::uintptr_t>(at * bytes);
+  for (std::int64_t line = 0; line < channels * bytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address + line), 0, 2);
+  }
+}
+
 template <Format format, Feature feature>
 void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
              std::int64_t height, std::int64_t channels, const std::uint8_t* mask, float* to) {
@@ -65,6 +75,7 @@ void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_
       continue;
     }
     const std::int64_t at = place(rows, head, begin + i);
+    prefetch_row(rows, at + height * rows.row, channels);
     std::int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
       store(to + c, mapped<feature>(vector_at<format>(rows.data, at + c)));
@@ -98,21 +109,24 @@ void read_rows(const Rows& rows, const Head& head, std::int64_t begin, std::int6
   read(rows, head, begin, count, height, channels, feature, mask, to);
 }
 
+// Rounds a row, times `factor`, to the format; `from` may change.
 void write_row(const Rows& rows, const Head& head, std::int64_t row, std::int64_t channels,
-               const float* from) {
+               float factor, float* from) {
   const std::int64_t at = place(rows, head, row);
+  const F32 by = broadcast(factor);
+  std::int64_t c = 0;
   if (rows.format == Format::kF32) {
     float* to = static_cast<float*>(rows.data) + at;
-    std::int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store(to + c, load(from + c));
-    for (; c < channels; ++c) to[c] = from[c];
+    for (; c + kLanes <= channels; c += kLanes) store(to + c, mul(by, load(from + c)));
+    for (; c < channels; ++c) to[c] = factor * from[c];
     return;
   }
   std::uint16_t* to = static_cast<std::uint16_t*>(rows.data) + at;
+  for (; c < channels; c += kLanes) store(from + c, mul(by, load(from + c)));
   if (rows.format == Format::kBf16) {
-    for (std::int64_t c = 0; c < channels; ++c) to[c] = float_to_bfloat16(from[c]);
+    for (c = 0; c < channels; ++c) to[c] = float_to_bfloat16(from[c]);
   } else {
-    for (std::int64_t c = 0; c < channels; ++c) to[c] = float_to_float16(from[c]);
+    for (c = 0; c < channels; ++c) to[c] = float_to_float16(from[c]);
   }
 }
 
@@ -198,6 +212,25 @@ T2P_INLINE float dot(const float* a, const float* b, std::int64_t width) {
 T2P_INLINE void add_scaled(float a, const float* x, std::int64_t width, float* y) {
   for (std::int64_t c = 0; c < width; c += kLanes) {
     store(y + c, multiply_add(broadcast(a), load(x + c), load(y + c)));
+  }
+}
+
+// to += sum_i weights_i x_i, or sum_i x_i; two sums, since one would wait for itself.
+void sum_rows(const float* x, const float* weights, std::int64_t count, std::int64_t width,
+              float* to) {
+  for (std::int64_t c = 0; c < width; c += kLanes) {
+    F32 even = load(to + c), odd = broadcast(0.0f);
+    std::int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      const float* at = x + i * width + c;
+      even = multiply_add(broadcast(weights ? weights[i] : 1.0f), load(at), even);
+      odd = multiply_add(broadcast(weights ? weights[i + 1] : 1.0f), load(at + width), odd);
+    }
+    if (i < count) {
+      const F32 weight = broadcast(weights ? weights[i] : 1.0f);
+      even = multiply_add(weight, load(x + i * width + c), even);
+    }
+    store(to + c, add(even, odd));
   }
 }
 
