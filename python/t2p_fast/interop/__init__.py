@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-ins for other libraries, one module each, which need that library installed."""
+"""Drop-ins for other libraries, one module each; those for diffusers need it installed."""

@@ -2,6 +2,7 @@
 """Modules over the ops."""
 
 from t2p_fast.nn.gumbel_quantizer import GumbelQuantizer
+from t2p_fast.nn.linear_attention import LinearAttention, MixFFN
 from t2p_fast.nn.residual_vq import GroupedResidualVQ, ResidualVQ
 from t2p_fast.nn.scalar_quantizers import FSQ, LFQ
 from t2p_fast.nn.token_mrf import TokenMRF, TokenMRFConfig
@@ -13,6 +14,8 @@ __all__ = [
     "CodebookUsage",
     "GroupedResidualVQ",
     "GumbelQuantizer",
+    "LinearAttention",
+    "MixFFN",
     "ResidualVQ",
     "TokenMRF",
     "TokenMRFConfig",
