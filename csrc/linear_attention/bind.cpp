@@ -33,9 +33,11 @@ Rows rows_of(const char* name, const TensorView& tensor, const TensorView& q, st
   return {tensor.data<void>(), format, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-float* floats(const char* name, const std::optional<TensorView>& tensor, const Attention& sizes) {
+float* floats(const char* name, const std::optional<TensorView>& tensor, const TensorView& q,
+              const Attention& sizes) {
   if (!tensor) return nullptr;
   check_float32(kOp, name, *tensor);
+  check_same_device(kOp, name, *tensor, "q", q);
   check_contiguous(kOp, name, *tensor);
   T2P_CHECK(tensor->ndim() == 4 && tensor->size(0) == sizes.s && tensor->size(1) == sizes.h &&
                 tensor->size(2) == sizes.d && tensor->size(3) == sizes.e + 1,
@@ -83,6 +85,7 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
   if (mask) {
     T2P_CHECK_TYPE(mask->is_uint8(), kOp, ": key_mask must be bool, got ", mask->dtype_text());
     check_contiguous(kOp, "key_mask", *mask);
+    check_same_device(kOp, "key_mask", *mask, "q", q);
     T2P_CHECK(mask->ndim() == 2 && mask->size(0) == b && mask->size(1) == n, kOp,
               ": key_mask must be [", b, ", ", n, "], got ", mask->shape_text());
     attention.mask = mask->data<std::uint8_t>();
@@ -90,6 +93,7 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
   if (offsets) {
     check_int64(kOp, "cu_seqlens", *offsets);
     check_contiguous(kOp, "cu_seqlens", *offsets);
+    check_same_device(kOp, "cu_seqlens", *offsets, "q", q);
     T2P_CHECK(offsets->ndim() == 1 && offsets->size(0) >= 1 && b == 1 && m == n, kOp,
               ": cu_seqlens must be [s + 1], with b = 1 and as many keys as queries, got ",
               offsets->shape_text());
@@ -104,7 +108,7 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
                 attention.offsets[i + 1]);
     }
   }
-  attention.initial_state = floats("initial_state", initial_state, attention);
+  attention.initial_state = floats("initial_state", initial_state, q, attention);
   return attention;
 }
 
@@ -116,7 +120,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
   const Attention attention =
       attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
   const Rows rows = rows_of("out", out, q, q.size(0), attention.h, attention.m, attention.e);
-  float* last = floats("state", state, attention);
+  float* last = floats("state", state, q, attention);
   py::gil_scoped_release nogil;
   forward_cpu(attention, threads, rows, last);
 }
@@ -133,11 +137,11 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v,
   const std::int64_t b = q.size(0), h = attention.h, m = attention.m, n = attention.n;
   const Gradients gradients{
       .out = rows_of("grad_out", grad_out, q, b, h, m, attention.e),
-      .state = floats("grad_state", grad_state, attention),
+      .state = floats("grad_state", grad_state, q, attention),
       .q = rows_of("grad_q", grad_q, q, b, h, m, attention.d),
       .k = rows_of("grad_k", grad_k, q, b, h, n, attention.d),
       .v = rows_of("grad_v", grad_v, q, b, h, n, attention.e),
-      .initial_state = floats("grad_initial_state", grad_initial_state, attention)};
+      .initial_state = floats("grad_initial_state", grad_initial_state, q, attention)};
   py::gil_scoped_release nogil;
   backward_cpu(attention, threads, gradients);
 }

@@ -66,6 +66,25 @@ void write_state(const Attention& attention, const float* from, std::int64_t tas
   }
 }
 
+// Each head by one thread, from its first key to its last query.
+void forward_heads(const Kernels& kernels, const Attention& attention, int threads, const Rows& out,
+                   float* last) {
+  parallel_for(threads, attention.s * attention.h, [&](std::int64_t task) {
+    const Head head = head_of(attention, task);
+    thread_local Buffer<float> state;
+    state.reserve(state_size(head));
+    read_state(attention, attention.initial_state, task, state.data());
+    float* scratch = scratch_for(attention);
+    if (attention.causal) {
+      kernels.scan(attention, head, 0, head.n, state.data(), scratch, out);
+    } else {
+      kernels.accumulate(attention, head, 0, head.n, scratch, state.data());
+      kernels.apply(attention, head, 0, head.m, state.data(), scratch, out);
+    }
+    write_state(attention, state.data(), task, last);
+  });
+}
+
 void add(const float* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
@@ -79,6 +98,9 @@ void forward_cpu(const Attention& attention, int threads, const Rows& out, float
   const std::int64_t dp = padded(attention.d), ep = padded(attention.e), size = dp * ep + dp;
   const std::int64_t length = part_length(heads, attention.n);
   const std::int64_t parts = std::max<std::int64_t>(1, ceil_div(attention.n, length));
+  const std::int64_t reach = part_length(heads, attention.m);
+  const std::int64_t blocks = std::max<std::int64_t>(1, ceil_div(attention.m, reach));
+  if (parts == 1 && blocks == 1) return forward_heads(kernels, attention, threads, out, state);
   const Buffer<float> states(heads * parts * size);
 
   // Every part's own sum; in place of the last one's, if causal, only what comes before it counts.
@@ -123,8 +145,6 @@ void forward_cpu(const Attention& attention, int threads, const Rows& out, float
     });
     return;
   }
-  const std::int64_t reach = part_length(heads, attention.m);
-  const std::int64_t blocks = std::max<std::int64_t>(1, ceil_div(attention.m, reach));
   parallel_for(threads, heads * blocks, [&](std::int64_t task) {
     const std::int64_t block = task % blocks;
     const Head head = head_of(attention, task / blocks);

@@ -270,6 +270,7 @@ def _supported() -> list[str]:
         ({"key_mask": torch.ones(1, 7).bool()}, ValueError, "key_mask must be [1, 8], got [1, 7]"),
         ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "begin with 0 and end with 8"),
         ({"cu_seqlens": torch.tensor([0, 9, 8])}, ValueError, "must not fall, got 9 before 8"),
+        ({"cu_seqlens": torch.tensor(8)}, ValueError, "cu_seqlens must be [s + 1], got []"),
         ({"initial_state": torch.zeros(1, 2, 4, 4)}, ValueError, "must be [1, 2, 4, 5]"),
     ],
 )

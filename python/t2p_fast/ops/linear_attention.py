@@ -161,7 +161,9 @@ _linear_attention_backward = define_op(
 # The public function -----------------------------------------------------------------------------
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     op = "linear_attention"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -174,6 +176,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     if key_mask is not None and key_mask.dtype != torch.bool:
         came = str(key_mask.dtype).removeprefix("torch.")
         raise TypeError(f"{op}: key_mask must be bool, got {came}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0):
+        raise ValueError(f"{op}: cu_seqlens must be [s + 1], got {list(cu_seqlens.shape)}")
 
 
 @overload
@@ -242,7 +246,7 @@ def linear_attention(
     """
     check_choice("linear_attention", "feature", feature, _FEATURES)
     check_choice("linear_attention", "layout", layout, _LAYOUTS)
-    _check(q, k, v, key_mask)
+    _check(q, k, v, key_mask, cu_seqlens)
     q, k, v = under_autocast(q, k, v)
     if layout == "bnhd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
