@@ -12,6 +12,8 @@ namespace py = pybind11;
 namespace t2p {
 
 namespace group_norm {
+void bind(py::module_& m);
+}
 namespace linear_attention {
 void bind(py::module_& m);
 }
