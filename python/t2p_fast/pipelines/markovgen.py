@@ -22,15 +22,15 @@ from t2p_fast.pipelines.muse import MusePipeline
 
 
 def markovgen_exit_step(steps: int) -> int:
-    """The round of ``steps`` after which the field takes over when nothing is said: 3 of 8."""
-    return max(1, round(steps * 3 / 8))
+    """The round of ``steps`` after which the field takes over when nothing is said: half."""
+    return max(1, steps // 2)
 
 
 class MarkovGenPipeline(MusePipeline):
     """Draws pictures from prompts in fewer rounds than Muse.
 
-    After ``exit_step`` rounds (by default 3 of 8) one inference in the field finds all tokens that
-    are masked still, and makes them fit each other and those at hand.
+    After ``exit_step`` rounds (by default half of them) one inference in the field finds all tokens
+    that are masked still, and makes them fit each other and those at hand.
 
     Args:
         text_encoder, muse, vqgan: as in :class:`MusePipeline`.
