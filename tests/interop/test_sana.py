@@ -25,6 +25,24 @@ def test_processor_is_that_of_diffusers(dtype: torch.dtype, qk_norm: str | None)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_processor_with_norms_in_another_dtype(dtype: torch.dtype) -> None:
+    layer = attention_processor.Attention(
+        query_dim=64, heads=4, dim_head=16, qk_norm="rms_norm_across_heads", kv_heads=4,
+        processor=attention_processor.SanaLinearAttnProcessor2_0(),
+    ).to(dtype)  # fmt: skip
+    layer.norm_q.float()
+    layer.norm_k.float()
+    x = torch.randn(2, 50, 64, dtype=dtype)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.set_processor(sana.SanaLinearAttnProcessor2_0())
+        found = layer(x)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_transformer_with_our_processor() -> None:
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 

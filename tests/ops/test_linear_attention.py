@@ -213,6 +213,14 @@ def test_linear_attention_opcheck(causal: bool) -> None:
         )  # fmt: skip
 
 
+def test_linear_attention_has_no_second_derivative() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in _case(1, 1, 4, 4, 4, 4))
+    out = linear_attention(q, k, v, feature="elu+1")
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_linear_attention_compiles() -> None:
     q, k, v, _ = (x.requires_grad_() for x in _case(1, 2, 12, 12, 8, 8))
     compiled = torch.compile(

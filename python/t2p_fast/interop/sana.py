@@ -31,8 +31,10 @@ class SanaLinearAttnProcessor2_0:
             q = attn.norm_q(q)
         if attn.norm_k is not None:
             k = attn.norm_k(k)
+        if not q.dtype == k.dtype == v.dtype or q.dtype == torch.float64:
+            q, k, v = q.float(), k.float(), v.float()  # what diffusers computes in
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
-        out = linear_attention(q, k, v, layout="bnhd").flatten(2)
+        out = linear_attention(q, k, v, layout="bnhd").flatten(2).to(hidden_states.dtype)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out))
         if hidden_states.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max

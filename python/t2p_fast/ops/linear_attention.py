@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from t2p_fast._checks import check_choice, describe, under_autocast
 from t2p_fast._library import _C, define_op
@@ -129,6 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         ctx.mark_non_differentiable(output[1])
 
 
+@once_differentiable  # without it torch takes second derivatives for zero
 def _gradients(ctx: Any, grad_out: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_state = grad_state if ctx.return_state else None
     q, k, v, key_mask, cu_seqlens, initial_state = ctx.saved_tensors
