@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     samples = [dataset[i] for i in range(options.count)]
     features = FeatureEncoder.from_pretrained("embedded", subfolder="features")
     true = embed(features, [s.image for s in samples])
-    runs, first_pictures = [], {}
+    runs: list[Run] = []
+    first_pictures: dict[str, list[Any]] = {}
     for seed in range(options.seeds):
         part, pictures = compare(
             pipeline, samples, features, true, seed=seed * options.count, steps=options.steps,
@@ -97,7 +99,9 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_runs(options.out / f"markovgen-{options.device}.csv", runs, options.device)
-        rows = [np.stack(first_pictures[m][i : i + 8]) for i in (0, 8, 16) for m in METHODS]
+        width = min(8, options.count)
+        starts = [i for i in (0, 8, 16) if i + width <= options.count]
+        rows = [np.stack(first_pictures[m][i : i + width]) for i in starts for m in METHODS]
         save_sheet(options.out / f"markovgen-{options.device}.png", rows)
     return 0
 
@@ -160,47 +164,46 @@ def compare(
     return runs, pictures
 
 
-@torch.no_grad()
 def account(
     pipeline: MarkovGenPipeline, captions: Sequence[str], steps: int, exit_step: int
 ) -> dict[int, dict[str, float]]:
     """Milliseconds of each stage for batches of 1 and 8: the terms of the paper's table 1."""
-    result = {}
-    for batch in (1, 8):
-        part = list(captions[:batch])
-        text = pipeline.text_encoder.encode(part)
-        negative = pipeline.text_encoder.encode([""] * batch)
-        held: list[tuple[Tensor, Tensor]] = []
+    return {batch: _stages(pipeline, list(captions[:batch]), steps, exit_step) for batch in (1, 8)}
 
-        def keep(
-            scores: Tensor, tokens: Tensor, held: list[tuple[Tensor, Tensor]] = held
-        ) -> Tensor:
-            held.append((scores, tokens))
-            return tokens
 
-        def rounds(
-            count: int, text: Any = text, negative: Any = negative, keep: Any = keep
-        ) -> Tensor:
-            return pipeline.muse.generate(
-                text, negative, steps=steps, exit_step=count, finish=keep,
-                generators=[torch.Generator().manual_seed(i) for i in range(len(text.mask))],
-            )  # fmt: skip
+@torch.no_grad()
+def _stages(
+    pipeline: MarkovGenPipeline, captions: list[str], steps: int, exit_step: int
+) -> dict[str, float]:
+    encode = pipeline.text_encoder.encode
+    text, negative = encode(captions), encode([""] * len(captions))
+    held: list[tuple[Tensor, Tensor]] = []
 
-        tokens = rounds(steps)
-        rounds(exit_step)
-        scores, partial = held[-1]
-        result[batch] = {
-            "t_base": _clock(lambda rounds=rounds: rounds(exit_step)) / exit_step,
-            "t_MRF": _clock(lambda s=scores, t=partial: pipeline.finish(s, t)),
-            "t_text": _clock(lambda part=part: pipeline.text_encoder.encode(part)),
-            "t_dec": _clock(lambda tokens=tokens: pipeline.decode(tokens)),
-        }
-    return result
+    def keep(scores: Tensor, tokens: Tensor) -> Tensor:
+        held[:] = [(scores, tokens)]
+        return tokens
+
+    def rounds(count: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+        return pipeline.muse.generate(
+            text, negative, steps=steps, exit_step=count, finish=keep, generators=generators
+        )
+
+    def field() -> Tensor:
+        return pipeline.finish(*held[0])
+
+    tokens = rounds(steps)
+    return {
+        "t_base": _clock(partial(rounds, exit_step)) / exit_step,
+        "t_MRF": _clock(field),
+        "t_text": _clock(partial(encode, captions)),
+        "t_dec": _clock(partial(pipeline.decode, tokens)),
+    }
 
 
 def _clock(call: Callable[[], object]) -> float:
     call()
-    samples = []
+    samples: list[float] = []
     while len(samples) < 5 or (sum(samples) < 0.5 and len(samples) < 100):
         start = time.perf_counter()
         call()
