@@ -216,6 +216,30 @@ def test_amused_scheduler() -> None:
     assert type(pipe.scheduler) is diffusers.AmusedScheduler
 
 
+def test_linear_attention_of_sana() -> None:
+    from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=8, mlp_ratio=2.0, sample_size=8, patch_size=1,
+    ).eval()  # fmt: skip
+    inputs = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 8), torch.tensor([3.0])
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        before = [block.attn1.processor for block in model.transformer_blocks]
+        swapped = interop.accelerate(model)
+        assert [s.op for s in swapped.swaps] == ["linear_attention"] * 2
+        assert swapped.swaps[1].path == "transformer_blocks.1.attn1.processor"
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+        assert not interop.accelerate(model).swaps  # a second time finds nothing
+        with torch.autocast("cpu", torch.bfloat16):  # the processor before does these
+            assert model(*inputs).sample.isfinite().all()
+        swapped.restore()
+    assert [block.attn1.processor for block in model.transformer_blocks] == before
+
+
 def test_only_some_ops_and_what_stays() -> None:
     torch.manual_seed(0)
     pipe = _latent_diffusion()[0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models import attention_processor
 from diffusers.models.autoencoders.vae import Decoder, Encoder, VectorQuantizer
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from t2p_fast import schedulers
 from t2p_fast._checks import check_choice, describe
 from t2p_fast.interop.amused import AmusedScheduler
+from t2p_fast.interop.sana import SanaLinearAttnProcessor2_0
 from t2p_fast.ops import group_norm_silu, vq_nearest
 
 __all__ = ["Acceleration", "Swap", "accelerate"]
@@ -91,7 +93,8 @@ def accelerate(target: Any, ops: str | Iterable[str] = "auto") -> Acceleration:
 
     Args:
         target: A `DiffusionPipeline`, or a model (`nn.Module`).
-        ops: ``"auto"`` for all, or some of ``"scheduler"``, ``"group_norm"``, ``"vq"``.
+        ops: ``"auto"`` for all, or some of ``"scheduler"``, ``"group_norm"``, ``"vq"``,
+            ``"linear_attention"``.
 
     Returns:
         What was swapped, with `restore()`.
@@ -294,10 +297,41 @@ def _swap_vq(path: str, part: Any, done: Acceleration) -> None:
         _set_forward("vq", path, part, _vector_quantizer, what, done)
 
 
+# Linear attention ---------------------------------------------------------------------------------
+
+
+class _LinearAttention(SanaLinearAttnProcessor2_0):
+    """SANA's attention by our kernel where there is one, by the processor before elsewhere."""
+
+    def __init__(self, before: attention_processor.SanaLinearAttnProcessor2_0) -> None:
+        self.before = before
+
+    def __call__(
+        self,
+        attn: attention_processor.Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        ours = hidden_states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        call = super().__call__ if ours else self.before
+        result: Tensor = call(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return result
+
+
+def _swap_linear_attention(path: str, part: Any, done: Acceleration) -> None:
+    before = getattr(part, "processor", None)
+    if type(before) is attention_processor.SanaLinearAttnProcessor2_0:
+        done.replace(part, "processor", _LinearAttention(before))
+        what = "SanaLinearAttnProcessor2_0 -> linear_attention"
+        done.swaps.append(Swap("linear_attention", f"{path}.processor".lstrip("."), what))
+
+
 # Each is called with the path of the pipeline ("") and of every module in it, and swaps what it
 # knows through `Acceleration.replace`, which undoes it. A new op is a line here.
 _SWAPS: dict[str, Callable[[str, Any, Acceleration], None]] = {
     "scheduler": _swap_scheduler,
     "group_norm": _swap_group_norm,
     "vq": _swap_vq,
+    "linear_attention": _swap_linear_attention,
 }
