@@ -10,12 +10,18 @@ import pytest
 from t2p_fast.training.config import (
     RECIPES,
     FeatureEncoderTraining,
+    MRFTraining,
     MuseTraining,
     VQGANTraining,
     load_config,
 )
 
-KINDS = {"vqgan": VQGANTraining, "muse": MuseTraining, "features": FeatureEncoderTraining}
+KINDS = {
+    "vqgan": VQGANTraining,
+    "muse": MuseTraining,
+    "mrf": MRFTraining,
+    "features": FeatureEncoderTraining,
+}
 
 
 def test_every_shipped_recipe_loads() -> None:
