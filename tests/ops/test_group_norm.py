@@ -13,7 +13,10 @@ from torch import Tensor
 from t2p_fast import reference
 from t2p_fast.ops import group_norm_silu
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.not_emulated(reason="there is no CUDA kernel"),
+]
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Channels, groups and positions about the edges of vectors (4, 8, 16), tiles of channels (32),
