@@ -8,8 +8,7 @@ find the rest) draw the same captions with the same seeds, in turns.
 import argparse
 import csv
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -32,6 +31,7 @@ from t2p_fast.pipelines import MarkovGenPipeline, MusePipeline
 from t2p_fast.training.pictures import save_sheet, to_tensor
 
 from .report import machine_facts
+from .run import median_ms
 
 METHODS = ("muse", "early-exit", "markovgen")
 
@@ -194,21 +194,11 @@ def _stages(
 
     tokens = rounds(steps)
     return {
-        "t_base": _clock(partial(rounds, exit_step)) / exit_step,
-        "t_MRF": _clock(field),
-        "t_text": _clock(partial(encode, captions)),
-        "t_dec": _clock(partial(pipeline.decode, tokens)),
+        "t_base": median_ms(partial(rounds, exit_step)) / exit_step,
+        "t_MRF": median_ms(field),
+        "t_text": median_ms(partial(encode, captions)),
+        "t_dec": median_ms(partial(pipeline.decode, tokens)),
     }
-
-
-def _clock(call: Callable[[], object]) -> float:
-    call()
-    samples: list[float] = []
-    while len(samples) < 5 or (sum(samples) < 0.5 and len(samples) < 100):
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return 1000 * median(samples)
 
 
 def quality_table(runs: Sequence[Run]) -> Table:

@@ -32,7 +32,7 @@ from . import report
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Workload, load, ops
 from .report import Row
 
-__all__ = ["Report", "Settings", "main", "measure", "run_benchmarks"]
+__all__ = ["Report", "Settings", "main", "measure", "median_ms", "run_benchmarks"]
 
 # glibc hands large temporaries back to the kernel at once and pays for fresh pages at every call.
 # Eager torch suffers most from that, so claims are made against a malloc that keeps them.
@@ -519,6 +519,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-plot", action="store_true", help="CSV only")
     return parser
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of one call, the median of at least five after one that does not count."""
+    call()
+    samples: list[float] = []
+    while len(samples) < 5 or (sum(samples) < 0.5 and len(samples) < 100):
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return 1000 * median(samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
