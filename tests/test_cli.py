@@ -107,6 +107,13 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a", "-n", "0"], "-n: is 0"),
         (["generate", "a", "-n", "100000"], "-n: is 100000"),
         (["generate", "a", "--scale", "0"], "--scale: is 0"),
+        (["generate", "a", "--pipeline", "dalle"], "--pipeline: is 'dalle', expected one of muse"),
+        (["generate", "a", "--exit-step", "4"], "--exit-step: goes with --pipeline markovgen"),
+        (
+            ["generate", "a", "--pipeline", "early-exit", "--exit-step", "33"],
+            "--exit-step: is 33, expected 1 to 32",
+        ),
+        (["generate", "a", "--pipeline", "markovgen"], "config.json: not a readable JSON file"),
         (["generate", "a", "-n", "1024", "--scale", "64"], "--scale: is 64, 1024 pictures of 1024"),
         (["generate", "a \udcff"], "prompt is 'a \\udcff', expected a text of valid Unicode"),
         (["generate", "circle " * 5000], "at most 24 are allowed"),

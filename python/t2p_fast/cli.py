@@ -252,7 +252,7 @@ def train_features(
     context_settings={"ignore_unknown_options": True, "help_option_names": []}
 )
 def bench(
-    op: Annotated[str, typer.Argument(help="Which op, e.g. 'vq'.")],
+    op: Annotated[str, typer.Argument(help="Which op, e.g. 'vq'; or 'markovgen'.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="See 'bench vq --help'.")] = None,
 ) -> None:
     """Time an op against what people use otherwise."""

@@ -16,6 +16,7 @@ from t2p_fast.models.muse import (
     MuseConfig,
     concatenate,
     draw_seeds,
+    guided_scores,
     random_mask,
 )
 from t2p_fast.models.text_encoder import TextEncoding, TextTransformer
@@ -357,3 +358,25 @@ def test_absurd_sizes_are_laid_out_without_memory() -> None:
     with torch.device("meta"):
         model = Muse(MuseConfig(token_grid=256, num_heads=256, hidden_size=256, num_layers=2))
     assert model.layers[0].relative_bias.bias.shape == (256, 511**2)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_guided_scores_are_what_a_round_draws_from(temperature: float) -> None:
+    """Frequencies of many draws, against the softmax of the scores."""
+    torch.manual_seed(0)
+    conditional, unconditional = torch.randn(2, 1, 1, 5).mul(2).expand(2, 1, 20_000, 5)
+    options = {"guidance": 1.3, "temperature": temperature, "min_p": 0.1}
+    scores = guided_scores(conditional, unconditional, **options)
+    drawn = masked_sample(
+        conditional.contiguous(),
+        torch.full((1, 20_000), 5),
+        mask_token=5,
+        uncond_logits=unconditional.contiguous(),
+        seed=0,
+        **options,
+    ).tokens
+    expected = scores[0, 0].softmax(-1)
+    assert (expected == 0).any()  # min_p leaves some out
+    found = torch.bincount(drawn[0], minlength=5) / 20_000
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+    assert torch.equal(found == 0, expected == 0)

@@ -288,3 +288,21 @@ def test_linear_attention_errors(change: dict[str, Any], error: type, text: str)
         linear_attention(**{**arguments, **change})
     assert "linear_attention: " in str(caught.value)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("k", torch.zeros(1, 2, 8, 16)),
+        ("key_mask", torch.ones(1, 8, dtype=torch.bool)),
+        ("cu_seqlens", torch.tensor([0, 8])),
+        ("initial_state", torch.zeros(1, 2, 16, 17)),
+    ],
+)
+def test_tensors_on_another_device(name: str, other: torch.Tensor) -> None:
+    q = torch.zeros(1, 2, 8, 16)
+    arguments = {"q": q, "k": q, "v": q, name: other.to("meta")}
+    with pytest.raises(ValueError, match=rf"linear_attention: {name} is on meta but q is on cpu"):
+        linear_attention(**arguments)
+    with pytest.raises(TypeError, match="linear_attention: key_mask must be a tensor or None, got"):
+        linear_attention(q, q, q, key_mask=[True] * 8)

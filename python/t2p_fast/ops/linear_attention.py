@@ -164,8 +164,9 @@ _linear_attention_backward = define_op(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:  # fmt: skip
     op = "linear_attention"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -175,6 +176,15 @@ def _check(
         if tensor.dtype not in _DTYPES:
             came = str(tensor.dtype).removeprefix("torch.")
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16, got {came}")
+    others = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "initial_state": initial_state}
+    for name, other in {"k": k, "v": v, **others}.items():
+        if other is None:
+            continue
+        if not isinstance(other, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, got {describe(other)}")
+        # torch would give a call with one meta tensor to the meta kernel, which computes nothing.
+        if other.device != q.device:
+            raise ValueError(f"{op}: {name} is on {other.device} but q is on {q.device}")
     if key_mask is not None and key_mask.dtype != torch.bool:
         came = str(key_mask.dtype).removeprefix("torch.")
         raise TypeError(f"{op}: key_mask must be bool, got {came}")
@@ -248,7 +258,7 @@ def linear_attention(
     """
     check_choice("linear_attention", "feature", feature, _FEATURES)
     check_choice("linear_attention", "layout", layout, _LAYOUTS)
-    _check(q, k, v, key_mask, cu_seqlens)
+    _check(q, k, v, key_mask, cu_seqlens, initial_state)
     q, k, v = under_autocast(q, k, v)
     if layout == "bnhd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
