@@ -19,7 +19,9 @@ from t2p_fast.data.captions import (
     Claims,
     ObjectClaim,
     RelationClaim,
+    in_reading_order,
     parse_caption,
+    turn_relation,
     write_caption,
 )
 from t2p_fast.data.scenes import VOCABULARIES, SceneDataset
@@ -63,6 +65,28 @@ def test_captions_of_datasets_read_back(vocabulary: str) -> None:
         for i in range(count):
             sample = dataset[i]
             assert parse_caption(sample.caption) == sample.claims
+
+
+@given(claims=scene_claims(), seed=st.integers(0, 2**32))
+def test_turning_a_relation_round(claims: Claims, seed: int) -> None:
+    turned, ordered = turn_relation(claims), in_reading_order(claims)
+    beside = len(claims.objects) == 2 and claims.relations[:1] != ()
+    if not beside or claims.relations[0].relation == "inside":
+        assert turned is None
+        assert ordered == claims
+        return
+    assert turned is not None
+    pair = {claims.relations[0].relation, turned.relations[0].relation}
+    assert pair in ({"above", "below"}, {"left of", "right of"})
+    assert turned.objects == claims.objects
+    assert turn_relation(turned) == claims
+    assert ordered.relations[0].relation in ("above", "left of")
+    if ordered != claims:
+        assert ordered.objects == claims.objects[::-1]
+        assert ordered.relations == turned.relations
+    # Turning round is naming the other first.
+    assert in_reading_order(turned).objects == ordered.objects[::-1]
+    assert "it" not in write_caption(ordered, random.Random(seed), subject_first=True).split()
 
 
 def test_every_word_is_read() -> None:

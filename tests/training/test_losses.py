@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the tokenizer against their formulas."""
+"""Losses against their formulas."""
+
+import math
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from t2p_fast.models.feature_encoder import FeatureEncoder, FeatureEncoderConfig
 from t2p_fast.training.losses import (
     PatchDiscriminator,
     adaptive_weight,
+    caption_contrast,
     hinge_discriminator_loss,
     perceptual_loss,
 )
@@ -85,3 +88,16 @@ def test_discriminator_sees_patches() -> None:
     discriminator = PatchDiscriminator(channels=8)
     logits = discriminator(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 1, 8, 8)
+
+
+def test_contrast_of_captions() -> None:
+    right = torch.tensor([3.0, 5.0], dtype=torch.float64, requires_grad=True)
+    wrong = torch.tensor([3.0, 9.0], dtype=torch.float64, requires_grad=True)
+    loss = caption_contrast(right, wrong, 2.0)
+    assert loss.item() == pytest.approx((math.log(2) + math.log1p(math.exp(-2))) / 2)
+    loss.backward()
+    assert right.grad is not None
+    assert wrong.grad is not None
+    assert right.grad[0].item() == pytest.approx(0.125)
+    assert torch.equal(right.grad, -wrong.grad)
+    assert caption_contrast(right[:0], wrong[:0], 2.0).item() == 0

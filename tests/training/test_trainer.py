@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from torch import Tensor
 pytest.importorskip("accelerate")
 
 from t2p_fast.checkpoints import CheckpointError, read_safetensors, write_safetensors
+from t2p_fast.data.captions import in_reading_order, parse_caption, turn_relation
+from t2p_fast.data.scenes import SceneDataset
 from t2p_fast.models.muse import Muse, MuseConfig
 from t2p_fast.models.text_encoder import TextTransformer, TextTransformerConfig
 from t2p_fast.models.vqgan import VQGAN
@@ -35,7 +38,7 @@ from t2p_fast.training.config import (
     load_config,
 )
 from t2p_fast.training.mrf import MRFTask
-from t2p_fast.training.muse import MuseTask, rare_mask
+from t2p_fast.training.muse import MuseTask, contrasting_captions, rare_mask
 from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
 from tiny_models import make_text_encoder, make_vqgan, save_pipeline, vqgan_config
@@ -58,7 +61,9 @@ def vqgan_training(**run: Any) -> VQGANTraining:
     )  # fmt: skip
 
 
-def muse_training(folder: Path, **run: Any) -> MuseTraining:
+def muse_training(
+    folder: Path, *, contrast: float = 0, reading_order: float = 0, **run: Any
+) -> MuseTraining:
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
         make_vqgan().save_pretrained(tokenizer)
@@ -70,7 +75,9 @@ def muse_training(folder: Path, **run: Any) -> MuseTraining:
         text=TextTransformerConfig(hidden_size=16, num_layers=1, num_heads=2),
         data=DataConfig(size=16),
         run=dataclasses.replace(RUN, **run),
-        loss=MuseLossConfig(vqgan=str(tokenizer)),
+        loss=MuseLossConfig(
+            vqgan=str(tokenizer), contrast=contrast, reading_order=reading_order
+        ),
     )  # fmt: skip
 
 
@@ -103,13 +110,15 @@ def mrf_training(folder: Path, *, with_muse: bool = False, **run: object) -> MRF
     )
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "muse", "mrf", "mrf-muse"])
+@pytest.mark.parametrize("kind", ["vqgan", "muse", "muse-contrast", "mrf", "mrf-muse"])
 def test_resumed_run_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None:
     def task() -> Task:
         if kind == "vqgan":
             return VQGANTask(vqgan_training())
         if kind == "muse":
             return MuseTask(muse_training(tmp_path))
+        if kind == "muse-contrast":
+            return MuseTask(muse_training(tmp_path, contrast=1.0, reading_order=0.5))
         return MRFTask(mrf_training(tmp_path, with_muse=kind == "mrf-muse"))
 
     quiet(task(), tmp_path / "whole").train()
@@ -304,6 +313,45 @@ def test_masks_of_rare_tokens_hide_what_is_rare() -> None:
     assert few[:, 20:30].float().mean() > 0.95
     assert few[:, :20].float().mean() < 0.3
     assert rare_mask(torch.zeros(3, 1, dtype=torch.int64), 1).all()
+
+
+@pytest.mark.parametrize("reading_order", [0.0, 1.0])
+def test_contrasting_captions_differ_in_their_relation_alone(reading_order: float) -> None:
+    rng, named_first = random.Random(1), []
+    dataset = SceneDataset("basic", size=16, seed=4)
+    for i in range(300):
+        sample = dataset[i]
+        right, wrong = contrasting_captions(sample.caption, rng, reading_order=reading_order)
+        claims = parse_caption(right)
+        assert in_reading_order(claims) == in_reading_order(sample.claims)
+        if not sample.claims.relations:
+            assert wrong is None
+            continue
+        assert wrong is not None
+        assert in_reading_order(parse_caption(wrong)) == in_reading_order(
+            turn_relation(claims) or claims
+        )
+        # No word gives the wrong one away: that would be learned, and not what is above what.
+        later = [
+            parse_caption(c).relations[0].relation in ("below", "right of") for c in (right, wrong)
+        ]
+        named_first.append(later[0])
+        assert later == ([False, False] if reading_order else [later[0], not later[0]])
+    assert len(named_first) > 100
+    assert 0.3 < sum(named_first) / len(named_first) < 0.7 or reading_order
+
+
+def test_contrast_is_logged_and_needs_scenes(tmp_path: Path) -> None:
+    config = muse_training(tmp_path, contrast=1.0)
+    quiet(MuseTask(config), tmp_path / "out").train()
+    with (tmp_path / "out" / "metrics.csv").open(newline="") as file:
+        contrast = [float(row["contrast"]) for row in csv.DictReader(file)]
+    # Nothing is known yet of what is above what; without a picture of two objects it is 0.
+    assert all(c == 0 or 0.6 < c < 0.8 for c in contrast)
+    assert any(contrast)
+
+    with pytest.raises(ValueError, match=r"contrast .* need captions of scenes"):
+        dataclasses.replace(config, data=DataConfig(source=str(tmp_path), size=16))
 
 
 def test_field_learns_what_muse_ends_with(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHAPE_WORDS = {
     "circle": ("circle", "disc"),
@@ -39,6 +39,9 @@ RELATION_WORDS = {
     "right of": ("right of", "to the right of"),
     "inside": ("inside", "within"),
 }
+_OPPOSITES = {
+    "above": "below", "below": "above", "left of": "right of", "right of": "left of",
+}  # fmt: skip
 BACKGROUND_WORDS = {
     "gray": ("gray", "grey"),
     "pink": ("pink",),
@@ -76,10 +79,11 @@ class Claims:
     background: str | None = None
 
 
-def write_caption(claims: Claims, rng: random.Random) -> str:
+def write_caption(claims: Claims, rng: random.Random, *, subject_first: bool = False) -> str:
     """Puts claims into words; the wording varies with ``rng``.
 
-    Relations must form a chain: object 0 to 1, then 1 to 2.
+    Relations must form a chain: object 0 to 1, then 1 to 2. ``subject_first`` leaves out the form
+    "B with A above it".
     """
     nouns = [_noun(o, rng) for o in claims.objects]
     if len(nouns) == 1:
@@ -91,7 +95,7 @@ def write_caption(claims: Claims, rng: random.Random) -> str:
         if len(nouns) == 2:
             text = (
                 f"{nouns[0]} {first} {nouns[1]}"
-                if rng.random() < 0.75
+                if rng.random() < 0.75 or subject_first
                 else f"{nouns[1]} with {nouns[0]} {first} it"
             )
         else:
@@ -108,6 +112,28 @@ def write_caption(claims: Claims, rng: random.Random) -> str:
             )
         )
     return text
+
+
+def turn_relation(claims: Claims) -> Claims | None:
+    """What is said of two objects, said the wrong way round: above becomes below.
+
+    ``None`` if there are not two objects, one beside the other.
+    """
+    if len(claims.objects) != 2 or not claims.relations:
+        return None
+    relation = claims.relations[0]
+    if relation.relation not in _OPPOSITES:
+        return None
+    turned = replace(relation, relation=_OPPOSITES[relation.relation])
+    return replace(claims, relations=(turned,))
+
+
+def in_reading_order(claims: Claims) -> Claims:
+    """The same said of two objects in the order of reading: what is above or left comes first."""
+    turned = turn_relation(claims)
+    if turned is None or claims.relations[0].relation in ("above", "left of"):
+        return claims
+    return replace(turned, objects=turned.objects[::-1])
 
 
 def _noun(claim: ObjectClaim, rng: random.Random) -> str:

@@ -146,6 +146,12 @@ class MuseLossConfig:
             whose weights training begins; a text encoder of another architecture begins anew. Empty
             begins from nothing.
         rare_mask: share of the pictures of which the rarest tokens are masked, see `rare_mask`.
+        contrast: weight of the contrast with captions whose relation is turned round, see
+            `MuseTask`; for pictures of scenes.
+        contrast_temperature: what differences of log-likelihood are divided by there, in nats.
+        reading_order: share of the captions of two objects that are worded in the order of
+            reading, which is what breaks the symmetry: "above" and "below" alone, each as frequent,
+            tell nothing of which object is up, nor does which is named first, only both.
     """
 
     vqgan: str = "embedded"
@@ -153,10 +159,14 @@ class MuseLossConfig:
     text_drop: float = 0.1
     label_smoothing: float = 0.0
     rare_mask: float = 0.0
+    contrast: float = 0.0
+    contrast_temperature: float = 3.0
+    reading_order: float = 0.0
 
     def __post_init__(self) -> None:
         check_numbers(
             self, "loss.", text_drop="[0, 1]", label_smoothing="[0, 1)", rare_mask="[0, 1]",
+            contrast="[0, inf)", contrast_temperature="(0, inf)", reading_order="[0, 1]",
         )  # fmt: skip
 
 
@@ -169,6 +179,13 @@ class MuseTraining:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     loss: MuseLossConfig = field(default_factory=MuseLossConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.source != "scenes" and self.loss.contrast + self.loss.reading_order > 0:
+            raise ValueError(
+                "train muse: loss.contrast and loss.reading_order need captions of scenes, but "
+                f"data.source is {shown(self.data.source)}"
+            )
 
 
 @dataclass(frozen=True)

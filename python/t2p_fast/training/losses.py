@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the picture tokenizer."""
+"""Losses of the picture tokenizer, and the contrast of captions."""
 
 from __future__ import annotations
 
@@ -70,3 +70,13 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     (b,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     weight: Tensor = (a.norm() / (b.norm() + 1e-6)).clamp(0, 1e4).detach()
     return weight
+
+
+def caption_contrast(right: Tensor, wrong: Tensor, temperature: float) -> Tensor:
+    """How hard it is to tell the right captions from wrong ones; 0 if there are none.
+
+    Args:
+        right, wrong: ``[k]``, negative log-likelihoods of the same tokens, in nats.
+        temperature: of the differences.
+    """
+    return F.softplus((right - wrong) / temperature).sum() / max(1, len(right))

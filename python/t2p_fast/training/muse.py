@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from t2p_fast.data.captions import (
+    Claims,
+    in_reading_order,
+    parse_caption,
+    turn_relation,
+    write_caption,
+)
 from t2p_fast.models.muse import Muse, random_mask
 from t2p_fast.models.text_encoder import TextEncoding, TextTransformer, train_tokenizer
 from t2p_fast.models.vqgan import VQGAN
 from t2p_fast.training.config import MuseTraining, part_of
+from t2p_fast.training.losses import caption_contrast
 from t2p_fast.training.pictures import PictureDataset, save_sheet, to_images, to_tensor
 from t2p_fast.training.trainer import Task, Trainer
 
@@ -66,10 +75,38 @@ def rare_mask(tokens: Tensor, vocab_size: int) -> Tensor:
     return rank < (n * share).round().clamp_min(1)
 
 
+def contrasting_captions(
+    caption: str, rng: random.Random, *, reading_order: float
+) -> tuple[str, str | None]:
+    """A caption of a scene in other words, and the same with its relation turned round.
+
+    Args:
+        caption: in the language of `data.captions`.
+        reading_order: how often the first object named is the one above or to the left.
+
+    Returns:
+        The right caption, and the wrong one in words drawn alike: nothing but what is above what
+        tells them apart. The wrong one is ``None`` if no two objects stand in a relation.
+    """
+    claims = parse_caption(caption)
+    ordered, seed = rng.random() < reading_order, rng.random()
+
+    def worded(claims: Claims) -> str:
+        claims = in_reading_order(claims) if ordered else claims
+        return write_caption(claims, random.Random(seed), subject_first=ordered)
+
+    turned = turn_relation(claims)
+    return worded(claims), None if turned is None else worded(turned)
+
+
 class MuseTask(Task):
     """Cross-entropy of masked tokens, masks by the cosine schedule, prompts now and then empty.
 
-    With ``loss.rare_mask``, some of the masks hide whole objects instead.
+    With ``loss.rare_mask``, some of the masks hide whole objects instead. With ``loss.contrast``,
+    ``softplus((log p(tokens | wrong) - log p(tokens | right)) / T)`` is added, where the wrong
+    caption has its relation turned round, for the pictures of which at least half is hidden: what
+    tells the two apart is a hundredth of the cross-entropy, and lost in the noise of the rest,
+    which their difference is free of.
     """
 
     averaged = "muse"
@@ -132,25 +169,52 @@ class MuseTask(Task):
         with torch.no_grad():
             tokens = self.vqgan.encode_to_indices(pictures.to(trainer.device)).flatten(1)
         options, mask_token = self.config.loss, self.config.model.mask_token
-        drop = torch.rand(len(captions)) < options.text_drop
-        prompts = ["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)]
-        model = trainer.unwrap("muse")
-        assert isinstance(model, MuseWithText)
-        ids, text_mask = model.text_encoder.tokenize(prompts)
+        wrong: list[str | None] = [None] * len(captions)
+        if options.contrast + options.reading_order > 0:
+            rng, share = random.Random(int(torch.randint(1 << 31, ()))), options.reading_order
+            pairs = [contrasting_captions(c, rng, reading_order=share) for c in captions]
+            captions, wrong = [right for right, _ in pairs], [turned for _, turned in pairs]
+        drop = (torch.rand(len(captions)) < options.text_drop).tolist()
+        prompts = ["" if d else c for c, d in zip(captions, drop, strict=True)]
         masked_tokens, masked = random_mask(tokens, mask_token)
         if options.rare_mask > 0:
             rare = torch.rand(len(captions), 1, device=tokens.device) < options.rare_mask
             masked = torch.where(rare, rare_mask(tokens, mask_token), masked)
             masked_tokens = tokens.masked_fill(masked, mask_token)
+        hidden = (2 * masked.sum(1) >= masked.shape[1]).tolist()
+        contrasted = [
+            i
+            for i, text in enumerate(wrong)
+            if options.contrast > 0 and text is not None and hidden[i] and not drop[i]
+        ]
+        prompts += [text for i in contrasted if (text := wrong[i]) is not None]
+        rows = [*range(len(captions)), *contrasted]
+        model = trainer.unwrap("muse")
+        assert isinstance(model, MuseWithText)
+        ids, text_mask = model.text_encoder.tokenize(prompts)
+        tokens, masked, masked_tokens = tokens[rows], masked[rows], masked_tokens[rows]
         with _attention_backend(trainer.device):
             with trainer.accelerator.autocast():
                 logits = self.modules["muse"](masked_tokens, ids, text_mask, masked)
-            loss = F.cross_entropy(
-                logits.float(), tokens[masked], label_smoothing=options.label_smoothing
+            losses = F.cross_entropy(
+                logits.float(),
+                tokens[masked],
+                label_smoothing=options.label_smoothing,
+                reduction="none",
             )
+            shown_right = int(masked[: len(captions)].sum())
+            loss = losses[:shown_right].mean()
+            report = {"loss": loss}
+            if options.contrast > 0:
+                sums = torch.zeros_like(tokens, dtype=losses.dtype).masked_scatter(masked, losses)
+                right, wrong_sums = sums[contrasted].sum(1), sums[len(captions) :].sum(1)
+                contrast = caption_contrast(right, wrong_sums, options.contrast_temperature)
+                report["contrast"] = contrast
+                loss = loss + options.contrast * contrast
             trainer.optimize("muse", loss)
-        right = (logits.argmax(-1) == tokens[masked]).float().mean()
-        return {"loss": loss, "accuracy": right}
+        logits, targets = logits[:shown_right], tokens[masked][:shown_right]
+        report["accuracy"] = (logits.argmax(-1) == targets).float().mean()
+        return report
 
     def save_pretrained(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, MuseWithText)
