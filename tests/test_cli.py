@@ -107,6 +107,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a", "-n", "0"], "-n: is 0"),
         (["generate", "a", "-n", "100000"], "-n: is 100000"),
         (["generate", "a", "--scale", "0"], "--scale: is 0"),
+        (["generate", "a", "--size", "32"], "--size: is 32, expected one of 16 with this model"),
         (["generate", "a", "--pipeline", "dalle"], "--pipeline: is 'dalle', expected one of muse"),
         (["generate", "a", "--exit-step", "4"], "--exit-step: goes with --pipeline markovgen"),
         (
@@ -441,3 +442,23 @@ def test_train_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "out.png"
     assert run("generate", "a red circle", "-o", out, "--model", muse_folder / "model") == 0
     assert opened(out).size == (16, 16)
+
+    stage = {
+        "model": {
+            "vocab_size": 16, "token_grid": 8, "low_token_grid": 4, "hidden_size": 16,
+            "num_layers": 1, "num_heads": 2, "text_embed_dim": 16,
+        },
+        "data": {"size": 32},
+        "run": muse["run"],
+        "loss": {"muse": str(muse_folder / "model"), "swapped": 0.1},
+    }  # fmt: skip
+    config.write_text(json.dumps(stage))
+    finer = tmp_path / "finer"
+    train = ("train", "super-resolution", "--config", config, "--out", finer, "--device", "cpu")
+    assert run(*train) == 0
+    (finer / "model").rename(muse_folder / "model" / "super_resolution")
+    drawing = ("generate", "a red circle", "-o", out, "--model", muse_folder / "model")
+    assert run(*drawing, "--size", 32, "--timings") == 0
+    assert opened(out).size == (32, 32)
+    assert json.loads(opened(out).info["t2p_fast"])["size"] == 32
+    assert "finer tokens" in capsys.readouterr().out

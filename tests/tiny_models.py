@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from t2p_fast.models.muse import Muse, MuseConfig
+from t2p_fast.models.super_resolution import MuseSuperResolution, MuseSuperResolutionConfig
 from t2p_fast.models.text_encoder import TextTransformer, TextTransformerConfig, train_tokenizer
 from t2p_fast.models.vqgan import VQGAN, VQGANConfig
 from t2p_fast.pipelines import MusePipeline
@@ -66,6 +67,21 @@ def make_muse(seed: int = 0, **changes: int) -> Muse:
             torch.nn.init.normal_(parameter, std=0.5)
     torch.nn.init.normal_(muse.output_table.free, std=20.0)
     return muse.eval()
+
+
+def make_super_resolution(seed: int = 0, **changes: int) -> MuseSuperResolution:
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": 16, "codebook_dim": 4, "free_embeddings": False, "token_grid": 8,
+        "low_token_grid": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2,
+        "text_embed_dim": 16,
+    }  # fmt: skip
+    stage = MuseSuperResolution(MuseSuperResolutionConfig(**{**options, **changes}))
+    stage.set_codebook(torch.randn(16, 4))
+    for name, parameter in stage.named_parameters():
+        if name.endswith("weight") and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return stage.eval()
 
 
 def make_text_encoder(seed: int = 0, max_length: int = 24) -> TextTransformer:

@@ -69,6 +69,9 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     temperature: Annotated[float, typer.Option(help="Of the token distribution.")] = 1.0,
+    size: Annotated[
+        int | None, typer.Option(help="Side in pixels: 64, or 128 by a second stage.")
+    ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge the result by this factor.")] = 1,
     model: _Model = "embedded",
     device: _Device = "auto",
@@ -97,7 +100,11 @@ def generate(
     if pipeline != "muse" and exit_step is None:
         exit_step = markovgen_exit_step(steps)
     loaded = time.perf_counter()
-    side = drawer.vqgan.config.sample_size * scale
+    size = size or drawer.sizes[0]
+    if size not in drawer.sizes:
+        known = ", ".join(map(str, drawer.sizes))
+        raise ValueError(f"--size: is {size}, expected one of {known} with this model")
+    side = size * scale
     if number * side**2 > _MOST_PIXELS:
         raise ValueError(
             f"--scale: is {scale}, {number} pictures of {side}x{side} pixels, expected at most "
@@ -108,6 +115,7 @@ def generate(
             prompt,
             negative_prompt=negative,
             num_images=number,
+            size=size,
             steps=steps,
             exit_step=exit_step,
             guidance=guidance,
@@ -128,6 +136,7 @@ def generate(
         "exit_step": exit_step or steps,
         "guidance": guidance,
         "temperature": temperature,
+        "size": size,
         "scale": scale,
         "model": model,
         "device": str(drawer.vqgan.device),
@@ -145,8 +154,8 @@ def generate(
             "total": time.perf_counter() - _PROCESS_START,
         }
         for name, seconds in stages.items():
-            typer.echo(f"{name:>8} {seconds:8.3f} s")
-        typer.echo(f"{'threads':>8} {torch.get_num_threads():8d}")
+            typer.echo(f"{name:>12} {seconds:8.3f} s")
+        typer.echo(f"{'threads':>12} {torch.get_num_threads():8d}")
 
 
 @app.command()
@@ -231,6 +240,14 @@ def train_muse(
     _train("muse", config, out, set_, device)
 
 
+@train_app.command("super-resolution")
+def train_super_resolution(
+    out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
+) -> None:
+    """Train the generator's second stage, from small pictures to finer ones."""
+    _train("super-resolution", config, out, set_, device)
+
+
 @train_app.command("mrf")
 def train_mrf(
     out: _RunOut, config: _Config = "embedded", set_: _Set = None, device: _Device = "auto"
@@ -309,6 +326,10 @@ def _train(kind: str, config: str, out: Path, overrides: list[str] | None, devic
         from t2p_fast.training.muse import MuseTask
 
         task = MuseTask(settings)
+    elif kind == "super-resolution":
+        from t2p_fast.training.super_resolution import SuperResolutionTask
+
+        task = SuperResolutionTask(settings)
     elif kind == "mrf":
         from t2p_fast.training.mrf import MRFTask
 

@@ -9,12 +9,12 @@ import torch
 from t2p_fast.checkpoints import CheckpointError
 from t2p_fast.nn import TokenMRF, TokenMRFConfig
 from t2p_fast.pipelines import MarkovGenPipeline, MusePipeline, markovgen_exit_step
-from tiny_models import make_pipeline, save_pipeline
+from tiny_models import make_pipeline, make_super_resolution, save_pipeline
 
 
-def make_mrf(seed: int = 0) -> TokenMRF:
+def make_mrf(seed: int = 0, token_grid: int = 4) -> TokenMRF:
     torch.manual_seed(seed)
-    mrf = TokenMRF(TokenMRFConfig(vocab_size=16, token_grid=4))
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=16, token_grid=token_grid))
     torch.nn.init.normal_(mrf.w_c, std=20.0)
     return mrf
 
@@ -54,6 +54,27 @@ def test_all_rounds_leave_nothing_to_the_field() -> None:
     assert torch.equal(markovgen(make_mrf())("a red circle", seed=3, steps=4, exit_step=4).tokens,
                        muse.tokens)  # fmt: skip
     assert [markovgen_exit_step(s) for s in (1, 2, 8, 32)] == [1, 1, 4, 16]
+
+
+def test_second_stage_ends_with_its_own_field(tmp_path: Path) -> None:
+    save_pipeline(tmp_path)
+    make_mrf().save_pretrained(tmp_path / "mrf")
+    make_super_resolution().save_pretrained(tmp_path / "super_resolution")
+    plain = MarkovGenPipeline.from_pretrained(tmp_path)
+    make_mrf(token_grid=8).save_pretrained(tmp_path / "super_resolution_mrf")
+    whole = MarkovGenPipeline.from_pretrained(tmp_path)
+    a, b = (p("a red circle", seed=2, steps=4, size=32) for p in (plain, whole))
+    assert a.tokens.shape == b.tokens.shape == (1, 64)
+    assert b.tokens.max() < 16
+    assert not torch.equal(a.tokens, b.tokens)
+    # Where both stages go through all rounds there is nothing to fill in.
+    a, b = (p("a red circle", seed=2, steps=4, exit_step=4, size=32) for p in (plain, whole))
+    assert torch.equal(a.tokens, b.tokens)
+    with pytest.raises(ValueError, match="super_resolution_mrf has 16 tokens on a grid of 4, but"):
+        MarkovGenPipeline(
+            whole.text_encoder, whole.muse, whole.vqgan, whole.mrf, whole.super_resolution,
+            make_mrf(),
+        )  # fmt: skip
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ import t2p_fast
 from t2p_fast.checkpoints import CheckpointError
 from t2p_fast.metrics.scenes import prompt_accuracy
 from t2p_fast.pipelines import MusePipeline
-from tiny_models import make_muse, make_pipeline, make_text_encoder, make_vqgan, save_pipeline
+from tiny_models import (
+    make_muse,
+    make_pipeline,
+    make_super_resolution,
+    make_text_encoder,
+    make_vqgan,
+    save_pipeline,
+)
 
 EMBEDDED = Path(t2p_fast.__file__).parent / "weights" / "muse" / "model.safetensors"
 
@@ -148,7 +155,39 @@ def test_wrong_mask_and_picture(pipeline: MusePipeline) -> None:
         pipeline("a", image=image.resize((8, 8)), mask=torch.ones(4, 4, dtype=torch.bool))
 
 
+def test_larger_pictures_by_a_second_stage(tmp_path: Path, pipeline: MusePipeline) -> None:
+    make_super_resolution().save_pretrained(save_pipeline(tmp_path) / "super_resolution")
+    two_stages = MusePipeline.from_pretrained(tmp_path)
+    assert (pipeline.sizes, two_stages.sizes) == ((16,), (16, 32))
+    small = pipeline("a red circle", seed=2, steps=4)
+    same = two_stages("a red circle", seed=2, steps=4)
+    assert torch.equal(small.tokens, same.tokens)
+    assert "finer tokens" not in same.timings
+    large = two_stages("a red circle", seed=2, steps=4, size=32, num_images=2)
+    assert (large.tokens.shape, large.images[0].size) == ((2, 64), (32, 32))
+    assert set(large.timings) == {"text", "tokens", "finer tokens", "decode"}
+    alone = two_stages("a red circle", seed=3, steps=4, size=32)
+    assert torch.equal(alone.tokens[0], large.tokens[1])
+    # One round fills in all tokens at once, each by itself.
+    early = two_stages("a red circle", seed=2, steps=4, size=32, finer_steps=8, exit_step=1)
+    assert early.tokens.max() < 16
+
+    with pytest.raises(ValueError, match="MusePipeline: size is 64, expected one of 16, 32"):
+        two_stages("a", size=64)
+    with pytest.raises(ValueError, match="MusePipeline: size is 32, expected one of 16"):
+        pipeline("a", size=32)
+    with pytest.raises(ValueError, match="finer_steps is 0, expected at least 1"):
+        two_stages("a", size=32, finer_steps=0)
+    everything = torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="size is 32, but pictures are inpainted at 16 only"):
+        two_stages("a", size=32, image=small.images[0], mask=everything)
+
+
 def test_models_must_fit() -> None:
+    with pytest.raises(ValueError, match="super_resolution takes 16 tokens on a grid of 8"):
+        MusePipeline(
+            make_text_encoder(), make_muse(), make_vqgan(), make_super_resolution(low_token_grid=8)
+        )
     with pytest.raises(ValueError, match="vqgan has 32 tokens on a grid of 4, but muse has 16"):
         MusePipeline(make_text_encoder(), make_muse(), make_vqgan(num_vq_embeddings=32))
     with pytest.raises(ValueError, match="embeddings of 16, but muse takes 8"):

@@ -33,15 +33,24 @@ from t2p_fast.training.config import (
     MuseLossConfig,
     MuseTraining,
     RunConfig,
+    SuperResolutionLossConfig,
+    SuperResolutionTraining,
     VQGANLossConfig,
     VQGANTraining,
     load_config,
 )
 from t2p_fast.training.mrf import MRFTask
 from t2p_fast.training.muse import MuseTask, contrasting_captions, rare_mask
+from t2p_fast.training.super_resolution import SuperResolutionTask
 from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
-from tiny_models import make_text_encoder, make_vqgan, save_pipeline, vqgan_config
+from tiny_models import (
+    make_super_resolution,
+    make_text_encoder,
+    make_vqgan,
+    save_pipeline,
+    vqgan_config,
+)
 
 RUN = RunConfig(
     steps=6, batch_size=4, warmup_steps=2, decay_steps=2, mixed_precision="no",
@@ -81,6 +90,18 @@ def muse_training(
     )  # fmt: skip
 
 
+def super_resolution_training(folder: Path, size: int = 32) -> SuperResolutionTraining:
+    save_pipeline(folder / "generator")
+    longer = make_text_encoder(max_length=80)
+    longer.save_pretrained(folder / "generator" / "text_encoder")
+    return SuperResolutionTraining(
+        model=make_super_resolution().config,
+        data=DataConfig(size=size),
+        run=RUN,
+        loss=SuperResolutionLossConfig(muse=str(folder / "generator"), swapped=0.2),
+    )
+
+
 def quiet(task: Task, out: Path) -> Trainer:
     return Trainer(task, out, cpu=True, report=lambda _: None)
 
@@ -110,7 +131,9 @@ def mrf_training(folder: Path, *, with_muse: bool = False, **run: object) -> MRF
     )
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "muse", "muse-contrast", "mrf", "mrf-muse"])
+@pytest.mark.parametrize(
+    "kind", ["vqgan", "muse", "muse-contrast", "super-resolution", "mrf", "mrf-muse"]
+)
 def test_resumed_run_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None:
     def task() -> Task:
         if kind == "vqgan":
@@ -119,6 +142,8 @@ def test_resumed_run_ends_in_the_same_weights(kind: str, tmp_path: Path) -> None
             return MuseTask(muse_training(tmp_path))
         if kind == "muse-contrast":
             return MuseTask(muse_training(tmp_path, contrast=1.0, reading_order=0.5))
+        if kind == "super-resolution":
+            return SuperResolutionTask(super_resolution_training(tmp_path))
         return MRFTask(mrf_training(tmp_path, with_muse=kind == "mrf-muse"))
 
     quiet(task(), tmp_path / "whole").train()
@@ -299,6 +324,15 @@ def test_starting_from_a_generator(tmp_path: Path) -> None:
     wide = dataclasses.replace(config.model, hidden_size=32)
     with pytest.raises(ValueError, match=r"initialize_from, .*, is MuseConfig\(.*, expected"):
         MuseTask(dataclasses.replace(config, model=wide, loss=loss))
+
+
+def test_second_stage_and_its_pictures_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.size is 16, expected 32, 4 pixels for each token"):
+        SuperResolutionTask(super_resolution_training(tmp_path, size=16))
+    config = super_resolution_training(tmp_path)
+    other = make_super_resolution(text_embed_dim=8).config
+    with pytest.raises(ValueError, match=r"16 tokens and text of 8, but .* has 16 and 16"):
+        SuperResolutionTask(dataclasses.replace(config, model=other))
 
 
 def test_masks_of_rare_tokens_hide_what_is_rare() -> None:

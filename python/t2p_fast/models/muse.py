@@ -30,6 +30,7 @@ class MuseConfig:
         codebook_dim: length of the tokenizer's codes. Tokens are embedded, and scored, by what
             their codes say as well as by number, so that what is learned of one holds for all
             that look like it. 0 uses the number alone.
+        free_embeddings: False leaves out the number and embeds tokens by their codes alone.
         token_grid: tokens along a side, so ``n = token_grid ** 2``.
         text_embed_dim: length of the text embeddings.
     """
@@ -42,6 +43,7 @@ class MuseConfig:
     num_heads: int = 8
     mlp_ratio: int = 4
     text_embed_dim: int = 256
+    free_embeddings: bool = True
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -53,6 +55,10 @@ class MuseConfig:
             raise ValueError(
                 f"MuseConfig: hidden_size is {self.hidden_size}, expected a multiple of "
                 f"num_heads, {self.num_heads}"
+            )
+        if not self.free_embeddings and self.codebook_dim == 0:
+            raise ValueError(
+                "MuseConfig: free_embeddings is False and codebook_dim 0, expected one of the two"
             )
 
     @property
@@ -70,8 +76,10 @@ class TokenTable(nn.Module):
     def __init__(self, config: MuseConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.free = nn.Parameter(torch.empty(config.vocab_size, width))
-        nn.init.normal_(self.free, std=0.5)
+        self.free: nn.Parameter | None = None
+        if config.free_embeddings:
+            self.free = nn.Parameter(torch.empty(config.vocab_size, width))
+            nn.init.normal_(self.free, std=0.5)
         self.from_code: nn.Sequential | None = None
         if config.codebook_dim > 0:
             first = nn.Linear(config.codebook_dim, 2 * width)
@@ -84,9 +92,10 @@ class TokenTable(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Standardised codes ``[V, codebook_dim]`` to vectors ``[V, hidden_size]``."""
         if self.from_code is None:
+            assert self.free is not None
             return self.free
         described: Tensor = self.from_code(codes)
-        return self.free + described
+        return described if self.free is None else self.free + described
 
 
 class RelativeBias(nn.Module):
@@ -236,6 +245,7 @@ class Muse(PretrainedModel):
         text: TextEncoding,
         tables: tuple[Tensor, Tensor] | None = None,
         where: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Predicts all tokens.
 
@@ -244,6 +254,8 @@ class Muse(PretrainedModel):
             text: the encoded prompts, ``[b, l, text_embed_dim]``.
             tables: the result of :meth:`tables`, if it is at hand.
             where: ``[b, n]`` bool, the ``m`` positions that are to be scored; ``None`` scores all.
+            context: ``[b, n, hidden]``, what else is known of each position, added to its
+                embedding; see `MuseSuperResolution`.
 
         Returns:
             Logits ``[b, n, V]``, or ``[m, V]`` of the positions ``where``.
@@ -256,6 +268,8 @@ class Muse(PretrainedModel):
         embed, score = tables if tables is not None else self.tables()
         position = (self.row_embedding + self.column_embedding).flatten(0, 1)
         x = F.embedding(tokens, embed) + position
+        if context is not None:
+            x = x + context
         mask = text.mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, text.embeddings, mask)
@@ -275,6 +289,7 @@ class Muse(PretrainedModel):
         min_p: float = 0.1,
         choice_temperature: float = 4.0,
         known: Tensor | None = None,
+        context: Tensor | None = None,
         generators: list[torch.Generator] | None = None,
         exit_step: int | None = None,
         finish: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -296,6 +311,7 @@ class Muse(PretrainedModel):
             choice_temperature: of the Gumbel noise on the confidences; it falls linearly.
             known: ``[b, n]`` int64, tokens to keep, with the mask token where to fill in;
                 ``None`` fills in everything.
+            context: ``[b, n, hidden]``, see :meth:`forward`.
             generators: one per picture, so that a picture does not depend on its batch.
             exit_step: the round after which to stop, ``finish`` doing the rest; ``None`` and
                 ``steps`` do all.
@@ -337,12 +353,14 @@ class Muse(PretrainedModel):
                     f"{b} as in text"
                 )
             both = concatenate(text, negative)
+            context = None if context is None else context.repeat(2, 1, 1)
         tables = self.tables()
         tokens = known.clone()
         masked_at_start = (known == mask_token).sum(1)
         seeds = draw_seeds(b, generators).to(tokens.device)
         for step in range(steps):
-            logits = self(tokens.repeat(2, 1) if guidance != 0 else tokens, both, tables)
+            seen = tokens.repeat(2, 1) if guidance != 0 else tokens
+            logits = self(seen, both, tables, context=context)
             if logits.dtype == torch.float64:
                 logits = logits.float()
             conditional, unconditional = logits.chunk(2) if guidance != 0 else (logits, None)

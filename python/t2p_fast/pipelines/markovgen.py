@@ -7,14 +7,13 @@ CVPR 2024, arXiv 2308.10997.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from t2p_fast.checkpoints import resolve_folder
+from t2p_fast.checkpoints import PretrainedModel
 from t2p_fast.models.muse import Muse
+from t2p_fast.models.super_resolution import MuseSuperResolution
 from t2p_fast.models.text_encoder import TextEncoder
 from t2p_fast.models.vqgan import VQGAN
 from t2p_fast.nn import TokenMRF
@@ -35,38 +34,50 @@ class MarkovGenPipeline(MusePipeline):
     Args:
         text_encoder, muse, vqgan: as in :class:`MusePipeline`.
         mrf: the field, trained on this generator's tokens (``t2p-fast train mrf``).
+        super_resolution: as in :class:`MusePipeline`.
+        super_resolution_mrf: the field of the second stage; without it, that stage ends with the
+            likeliest tokens.
     """
 
-    def __init__(self, text_encoder: TextEncoder, muse: Muse, vqgan: VQGAN, mrf: TokenMRF) -> None:
-        super().__init__(text_encoder, muse, vqgan)
-        if (mrf.config.vocab_size, mrf.config.token_grid) != (
-            muse.config.vocab_size,
-            muse.config.token_grid,
-        ):
-            raise ValueError(
-                f"MarkovGenPipeline: mrf has {mrf.config.vocab_size} tokens on a grid of "
-                f"{mrf.config.token_grid}, but muse has {muse.config.vocab_size} on a grid of "
-                f"{muse.config.token_grid}"
-            )
-        self.mrf = mrf
+    models: ClassVar[dict[str, type[PretrainedModel]]] = {**MusePipeline.models, "mrf": TokenMRF}
+    optional_models: ClassVar[dict[str, type[PretrainedModel]]] = {
+        **MusePipeline.optional_models,
+        "super_resolution_mrf": TokenMRF,
+    }
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path = "embedded",
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-    ) -> Self:
-        """Loads a pipeline; the folder also holds ``mrf``. See :class:`MusePipeline`."""
-        folder = resolve_folder(name, revision=revision)
-        muse = MusePipeline.from_pretrained(folder, dtype=dtype, device=device)
-        mrf = TokenMRF.from_pretrained(folder, subfolder="mrf", dtype=dtype, device=device)
-        return cls(muse.text_encoder, muse.muse, muse.vqgan, mrf)
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        muse: Muse,
+        vqgan: VQGAN,
+        mrf: TokenMRF,
+        super_resolution: MuseSuperResolution | None = None,
+        super_resolution_mrf: TokenMRF | None = None,
+    ) -> None:
+        super().__init__(text_encoder, muse, vqgan, super_resolution)
+        for name, field, of, model in (
+            ("mrf", mrf, "muse", muse),
+            ("super_resolution_mrf", super_resolution_mrf, "super_resolution", super_resolution),
+        ):
+            if field is None or model is None:
+                continue
+            has = (field.config.vocab_size, field.config.token_grid)
+            wanted = (model.config.vocab_size, model.config.token_grid)
+            if has != wanted:
+                raise ValueError(
+                    f"MarkovGenPipeline: {name} has {has[0]} tokens on a grid of {has[1]}, but "
+                    f"{of} has {wanted[0]} on a grid of {wanted[1]}"
+                )
+        self.mrf = mrf
+        self.super_resolution_mrf = super_resolution_mrf
 
     def default_exit_step(self, steps: int) -> int:
         return markovgen_exit_step(steps)
 
     def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
         return self.mrf.finish(scores, tokens)
+
+    def finish_finer(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        if self.super_resolution_mrf is None:
+            return super().finish_finer(scores, tokens)
+        return self.super_resolution_mrf.finish(scores, tokens)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from t2p_fast.checkpoints import check_device, resolve_folder, shown
+from t2p_fast.checkpoints import PretrainedModel, check_device, resolve_folder, shown
 from t2p_fast.data.pictures import to_rgb
 from t2p_fast.models.muse import Muse, most_likely
+from t2p_fast.models.super_resolution import MuseSuperResolution
 from t2p_fast.models.text_encoder import TextEncoder, TextTransformer
 from t2p_fast.models.vqgan import VQGAN
 
@@ -30,9 +32,9 @@ class MuseOutput:
 
     Attributes:
         images: one per prompt and picture.
-        tokens: ``[b, n]``, the picture tokens.
+        tokens: ``[b, n]``, the picture tokens, of the finer grid if there was a second stage.
         seeds: the seed of each picture.
-        timings: seconds per stage, ``text``, ``tokens`` and ``decode``.
+        timings: seconds per stage: ``text``, ``tokens``, ``finer tokens``, ``decode``.
     """
 
     images: list[Image.Image]
@@ -42,7 +44,7 @@ class MuseOutput:
 
 
 class MusePipeline:
-    """Draws pictures from prompts; each of its three models can be replaced.
+    """Draws pictures from prompts; each of its models can be replaced.
 
     It goes through all rounds, unless it is given an ``exit_step``; then it takes the likeliest
     token for each that is masked still.
@@ -51,9 +53,24 @@ class MusePipeline:
         text_encoder: anything that follows the ``TextEncoder`` protocol.
         muse: the masked transformer.
         vqgan: the tokenizer whose tokens it was trained on.
+        super_resolution: the second stage, which finds the tokens of a larger picture; without it
+            there are pictures of one size.
     """
 
-    def __init__(self, text_encoder: TextEncoder, muse: Muse, vqgan: VQGAN) -> None:
+    models: ClassVar[dict[str, type[PretrainedModel]]] = {
+        "text_encoder": TextTransformer, "muse": Muse, "vqgan": VQGAN
+    }  # fmt: skip
+    optional_models: ClassVar[dict[str, type[PretrainedModel]]] = {
+        "super_resolution": MuseSuperResolution
+    }
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        muse: Muse,
+        vqgan: VQGAN,
+        super_resolution: MuseSuperResolution | None = None,
+    ) -> None:
         if text_encoder.embed_dim != muse.config.text_embed_dim:
             raise ValueError(
                 f"MusePipeline: text_encoder makes embeddings of {text_encoder.embed_dim}, but "
@@ -65,10 +82,20 @@ class MusePipeline:
                 f"MusePipeline: vqgan has {tokens[0]} tokens on a grid of {tokens[1]}, but muse "
                 f"has {muse.config.vocab_size} on a grid of {muse.config.token_grid}"
             )
+        if super_resolution is not None:
+            stage = super_resolution.config
+            takes = (stage.vocab_size, stage.low_token_grid, stage.text_embed_dim)
+            if takes != (*tokens, text_encoder.embed_dim):
+                raise ValueError(
+                    f"MusePipeline: super_resolution takes {takes[0]} tokens on a grid of "
+                    f"{takes[1]} and text of {takes[2]}, but vqgan has {tokens[0]} on a grid of "
+                    f"{tokens[1]} and text_encoder makes {text_encoder.embed_dim}"
+                )
         vqgan.check_rgb("MusePipeline")
         self.text_encoder = text_encoder
         self.muse = muse
         self.vqgan = vqgan
+        self.super_resolution = super_resolution
 
     @classmethod
     def from_pretrained(
@@ -83,7 +110,8 @@ class MusePipeline:
 
         Args:
             name: ``"embedded"`` (the weights in this package), a folder that holds
-                ``text_encoder``, ``muse`` and ``vqgan``, or a repository on the hub.
+                ``text_encoder``, ``muse``, ``vqgan`` and perhaps ``super_resolution``, or a
+                repository on the hub.
             dtype: of the weights and of the computation.
             device: where it runs.
             revision: branch, tag or commit of the hub repository.
@@ -94,13 +122,12 @@ class MusePipeline:
             RuntimeError: if torch cannot use ``device``.
         """
         folder = resolve_folder(name, revision=revision)
-        return cls(
-            TextTransformer.from_pretrained(
-                folder, subfolder="text_encoder", dtype=dtype, device=device
-            ),
-            Muse.from_pretrained(folder, subfolder="muse", dtype=dtype, device=device),
-            VQGAN.from_pretrained(folder, subfolder="vqgan", dtype=dtype, device=device),
-        )
+        optional = {k: v for k, v in cls.optional_models.items() if (folder / k).is_dir()}
+        loaded: dict[str, Any] = {
+            name: kind.from_pretrained(folder, subfolder=name, dtype=dtype, device=device)
+            for name, kind in {**cls.models, **optional}.items()
+        }
+        return cls(**loaded)
 
     def to(self, device: str | torch.device) -> Self:
         """Moves all models."""
@@ -110,12 +137,22 @@ class MusePipeline:
                 model.to(device)
         return self
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of the pictures that can be drawn, in pixels."""
+        size, stage = self.vqgan.config.sample_size, self.super_resolution
+        return (size,) if stage is None else (size, size * stage.upscale)
+
     def default_exit_step(self, steps: int) -> int:
         """Where to stop when nothing is said: after all ``steps`` rounds."""
         return steps
 
     def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
         """Fills in what is masked after ``exit_step``; see :meth:`Muse.generate`."""
+        return most_likely(scores, tokens)
+
+    def finish_finer(self, scores: Tensor, tokens: Tensor) -> Tensor:
+        """The same for the second stage."""
         return most_likely(scores, tokens)
 
     @torch.no_grad()
@@ -125,6 +162,7 @@ class MusePipeline:
         *,
         negative_prompt: str = "",
         num_images: int = 1,
+        size: int | None = None,
         steps: int = 32,
         guidance: float = 2.0,
         temperature: float = 1.0,
@@ -134,6 +172,7 @@ class MusePipeline:
         image: Image.Image | None = None,
         mask: NDArray[np.bool_] | Tensor | None = None,
         exit_step: int | None = None,
+        finer_steps: int = 8,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> MuseOutput:
         """Draws ``num_images`` pictures of each prompt.
@@ -142,6 +181,7 @@ class MusePipeline:
             prompt: one prompt or several.
             negative_prompt: what to steer away from.
             num_images: pictures per prompt.
+            size: side of the pictures in pixels, one of `sizes`; ``None`` is the smallest.
             steps: rounds of mask-predict.
             guidance: final classifier-free guidance scale, ``(1 + t) c - t u``; 0 is none.
             temperature: of the token distribution; 0 always takes the most likely token.
@@ -153,7 +193,11 @@ class MusePipeline:
                 ``[grid, grid]`` bool; both or none.
             exit_step: the round after which the tokens that are masked still are all filled in at
                 once; see the class for how. ``None`` takes the default of the class.
-            on_step: called after every round with its number and the tokens so far.
+            finer_steps: rounds of the second stage, if ``size`` asks for it. The small picture says
+                nearly all, so it works without guidance, and always takes the likeliest tokens; an
+                ``exit_step`` shortens it by the same share.
+            on_step: called after every round of the first stage with its number and the tokens so
+                far.
 
         Raises:
             ValueError, TypeError: naming the argument that is wrong.
@@ -180,6 +224,20 @@ class MusePipeline:
             raise ValueError(
                 f"{type(self).__name__}: exit_step is {exit_step}, expected at most steps, {steps}"
             )
+        _check_number("finer_steps", finer_steps, 1, whole=True)
+        if size is None:
+            size = self.sizes[0]
+        _check_number("size", size, 1, whole=True)
+        if size not in self.sizes:
+            raise ValueError(
+                f"{type(self).__name__}: size is {size}, expected one of "
+                f"{', '.join(map(str, self.sizes))}"
+            )
+        if size != self.sizes[0] and image is not None:
+            raise ValueError(
+                f"{type(self).__name__}: size is {size}, but pictures are inpainted at "
+                f"{self.sizes[0]} only"
+            )
         _check_number("guidance", guidance, 0)
         _check_number("temperature", temperature, 0)
         _check_number("min_p", min_p, 0)
@@ -194,6 +252,7 @@ class MusePipeline:
         seeds = [seed + i for i in range(len(prompts))]
         known = self._known_tokens(image, mask, len(prompts))
 
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
         start = time.perf_counter()
         encoding = self.text_encoder.encode(prompts)
         negative = self.text_encoder.encode([negative_prompt] * len(prompts))
@@ -207,7 +266,7 @@ class MusePipeline:
             min_p=min_p,
             choice_temperature=choice_temperature,
             known=known,
-            generators=[torch.Generator().manual_seed(s) for s in seeds],
+            generators=generators,
             exit_step=exit_step,
             finish=self.finish,
             on_step=on_step,
@@ -215,19 +274,37 @@ class MusePipeline:
         # Reading one token waits for an accelerator, so that the clock is honest.
         tokens[0, 0].item()
         generated = time.perf_counter()
+        if size != self.sizes[0]:
+            assert self.super_resolution is not None
+            tokens = self.super_resolution.generate(
+                encoding,
+                steps=finer_steps,
+                guidance=0,
+                temperature=0,
+                choice_temperature=0,
+                context=self.super_resolution.context(tokens),
+                generators=generators,
+                exit_step=-(-finer_steps * exit_step // steps),
+                finish=self.finish_finer,
+            )
+            tokens[0, 0].item()
+        refined = time.perf_counter()
         images = self.decode(tokens)
         decoded = time.perf_counter()
         timings = {
             "text": encoded - start,
             "tokens": generated - encoded,
-            "decode": decoded - generated,
+            "finer tokens": refined - generated,
+            "decode": decoded - refined,
         }
+        if size == self.sizes[0]:
+            del timings["finer tokens"]
         return MuseOutput(images, tokens, seeds, timings)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> list[Image.Image]:
         """Tokens ``[b, n]`` to pictures."""
-        grid = self.vqgan.config.token_grid
+        grid = math.isqrt(tokens.shape[1])
         pictures = self.vqgan.decode_indices(tokens.view(-1, grid, grid))
         scaled = (pictures.float().clamp(-1, 1) + 1) * 127.5
         arrays = scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -13,6 +13,7 @@ from typing import Any
 from t2p_fast.checkpoints import check_numbers, config_from_dict, read_json, shown
 from t2p_fast.models.feature_encoder import FeatureEncoderConfig
 from t2p_fast.models.muse import MuseConfig
+from t2p_fast.models.super_resolution import MuseSuperResolutionConfig
 from t2p_fast.models.text_encoder import TextTransformerConfig
 from t2p_fast.models.vqgan import VQGANConfig
 from t2p_fast.nn import TokenMRFConfig
@@ -189,6 +190,34 @@ class MuseTraining:
 
 
 @dataclass(frozen=True)
+class SuperResolutionLossConfig:
+    """How Muse's second stage is trained.
+
+    Attributes:
+        muse: a generator's text encoder and tokenizer, a folder or ``"embedded"``.
+        text_drop: share of the prompts that are replaced by ``""``.
+        swapped: share of the small picture's tokens that are those of another picture.
+    """
+
+    muse: str = "embedded"
+    text_drop: float = 0.1
+    swapped: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss.", text_drop="[0, 1]", swapped="[0, 1]")
+
+
+@dataclass(frozen=True)
+class SuperResolutionTraining:
+    """A run of ``t2p-fast train super-resolution``."""
+
+    model: MuseSuperResolutionConfig = field(default_factory=MuseSuperResolutionConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=128))
+    run: RunConfig = field(default_factory=RunConfig)
+    loss: SuperResolutionLossConfig = field(default_factory=SuperResolutionLossConfig)
+
+
+@dataclass(frozen=True)
 class MRFLossConfig:
     """How MarkovGen's field is trained.
 
@@ -244,6 +273,7 @@ class FeatureEncoderTraining:
 TRAININGS: dict[str, type[Any]] = {
     "vqgan": VQGANTraining,
     "muse": MuseTraining,
+    "super-resolution": SuperResolutionTraining,
     "mrf": MRFTraining,
     "features": FeatureEncoderTraining,
 }
@@ -253,7 +283,7 @@ def load_config(kind: str, name: str | Path, overrides: Sequence[str] = ()) -> A
     """Reads the configuration of a run.
 
     Args:
-        kind: ``"vqgan"``, ``"muse"``, ``"mrf"`` or ``"features"``.
+        kind: one of ``TRAININGS``, such as ``"vqgan"``.
         name: a JSON file, or the name of a shipped recipe (``"embedded"``).
         overrides: ``"section.option=value"``, with values in JSON.
 

@@ -76,11 +76,15 @@ class MRFTask(Task):
                 Muse.from_pretrained(loss.muse, subfolder="muse"),
                 self.vqgan,
             )
-        codes, grid = self.vqgan.config.num_vq_embeddings, self.vqgan.config.token_grid
+        codes = self.vqgan.config.num_vq_embeddings
+        # Real pictures may be of another size than those that the tokenizer was trained on.
+        size = self.vqgan.config.sample_size if loss.muse else config.data.size
+        grid = size // self.vqgan.config.downsampling_factor
         if (config.model.vocab_size, config.model.token_grid) != (codes, grid):
             raise ValueError(
                 f"train mrf: the model has {config.model.vocab_size} tokens on a grid of "
-                f"{config.model.token_grid}, but the tokenizer has {codes} on a grid of {grid}"
+                f"{config.model.token_grid}, but the tokenizer has {codes}, and pictures of {size} "
+                f"pixels have a grid of {grid}"
             )
         pictures = PictureDataset(config.data, seed=config.run.seed)
         self.dataset = pictures
