@@ -189,6 +189,7 @@ def mrf_icm(
     labels: Tensor,
     threads: int,
 ) -> int: ...
+def group_norm_workspace_size(x: Tensor, groups: int, backward: bool) -> int: ...
 def group_norm(
     x: Tensor,
     groups: int,
@@ -199,6 +200,7 @@ def group_norm(
     shift: Tensor | None,
     eps: float,
     silu: bool,
+    workspace: Tensor | None,
     y: Tensor,
     statistics: Tensor,
     threads: int,
@@ -213,6 +215,7 @@ def group_norm_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    workspace: Tensor | None,
     grad_x: Tensor,
     sums: Tensor,
     threads: int,

@@ -23,19 +23,21 @@ _kernel: Any = _C.group_norm
 _backward_kernel: Any = _C.group_norm_backward
 
 
-# The kernels, beside the same in PyTorch for float64 and for CUDA tensors -------------------------
+# The kernels, beside the same in PyTorch for float64 ----------------------------------------------
 
 
-def _in_torch(x: Tensor) -> bool:
-    return x.dtype == torch.float64 or x.is_cuda
+def _workspace(x: Tensor, groups: int, backward: bool) -> Tensor | None:
+    size = _C.group_norm_workspace_size(x, groups, backward) if x.is_cuda else 0
+    return x.new_empty(size, dtype=torch.float64) if size else None
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x = arguments[_X]
-    if _in_torch(x):
+    x, groups = arguments[:2]
+    if x.dtype == torch.float64:
         return _forward_in_torch(*arguments)
     y, statistics = _forward_fake(*arguments)
-    _kernel(*arguments, y, statistics, torch.get_num_threads())
+    workspace = _workspace(x, groups, False)
+    _kernel(*arguments, workspace, y, statistics, torch.get_num_threads())
     return y, statistics
 
 
@@ -44,12 +46,13 @@ def _forward_fake(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_inplace(*arguments: Any) -> None:
-    x = arguments[_X]
-    if _in_torch(x):
+    x, groups = arguments[:2]
+    if x.dtype == torch.float64:
         x.copy_(_forward_in_torch(*arguments)[0])
         return
-    statistics = x.new_empty((len(x), arguments[_GROUPS], 2), dtype=torch.float64)
-    _kernel(*arguments, x, statistics, torch.get_num_threads())
+    statistics = x.new_empty((len(x), groups, 2), dtype=torch.float64)
+    workspace = _workspace(x, groups, False)
+    _kernel(*arguments, workspace, x, statistics, torch.get_num_threads())
 
 
 def _forward_inplace_fake(*_: Any) -> None:
@@ -57,10 +60,11 @@ def _forward_inplace_fake(*_: Any) -> None:
 
 
 def _backward(grad: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if _in_torch(x):
+    if x.dtype == torch.float64:
         return _backward_in_torch(grad, x, statistics, *rest)
     grad_x, sums = _backward_fake(grad, x)
-    _backward_kernel(grad, x, statistics, *rest, grad_x, sums, torch.get_num_threads())
+    workspace = _workspace(x, rest[0], True)
+    _backward_kernel(grad, x, statistics, *rest, workspace, grad_x, sums, torch.get_num_threads())
     return grad_x, sums
 
 
