@@ -12,10 +12,10 @@ namespace t2p::group_norm {
 namespace {
 
 constexpr int kMostThreads = 512;
-constexpr int kHeld = 16;                // vectors that a thread holds of a group that fits
-constexpr int64_t kSliceLeast = 8192;    // elements of a slice of a group, at least
-constexpr int64_t kPieceLeast = 32768;   // elements of a channel that a block normalises, at most
-constexpr int64_t kRowsLeast = 256;      // rows of a slice with channels last, at least
+constexpr int kHeld = 16;               // vectors that a thread holds of a group that fits
+constexpr int64_t kSliceLeast = 8192;   // elements of a slice of a group, at least
+constexpr int64_t kPieceLeast = 32768;  // elements of a channel that a block normalises, at most
+constexpr int64_t kRowsLeast = 256;     // rows of a slice with channels last, at least
 
 // What the first launch leaves for the second.
 struct Workspace {
@@ -32,8 +32,8 @@ __device__ T result(float x, const Affine& a, bool silu, float residual) {
 
 // y[at, at + kWidth), of one channel; x[at, at + kWidth) in `x`.
 template <class T, int kWidth>
-__device__ void normalise(const Norm& norm, const Affine& a, int64_t at,
-                          const Vector<T, kWidth>& x, void* y) {
+__device__ void normalise(const Norm& norm, const Affine& a, int64_t at, const Vector<T, kWidth>& x,
+                          void* y) {
   Vector<T, kWidth> residual{}, z;
   if (norm.residual != nullptr) residual = read<T, kWidth>(norm.residual, at);
 #pragma unroll
@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       held, [&](int u, int j) { return to_float(tile[u].v[j]); }, origin, moments);
   // The sum is also the barrier between the reads of x and the writes of y, which may be x.
   moments = block_sum(moments, shared);
-  const Group own =
-      finish(norm, moments, origin, thread == 0 ? statistics + 2 * group : nullptr);
+  const Group own = finish(norm, moments, origin, thread == 0 ? statistics + 2 * group : nullptr);
   const int64_t b = group / norm.groups, first = group % norm.groups * channels;
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
@@ -136,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   moments = block_sum(moments, shared);
   const bool speaks = piece == 0 && c % channels == 0 && threadIdx.x == 0;
-  const Group own = finish(norm, moments, workspace.origins[group],
-                           speaks ? statistics + 2 * group : nullptr);
+  const Group own =
+      finish(norm, moments, workspace.origins[group], speaks ? statistics + 2 * group : nullptr);
   const Affine a = affine_of(own, gain_of(norm, b, c));
   const int64_t vectors = norm.n / kWidth, end = vectors * (piece + 1) / pieces;
   for (int64_t i = vectors * piece / pieces + threadIdx.x; i < end; i += blockDim.x) {
@@ -287,19 +286,20 @@ void launch(const Norm& norm, cudaStream_t stream, double* memory, void* y, doub
         <<<blocks, kThreads, 0, stream>>>(norm, pieces, workspace, y, statistics);
   } else if (vectors <= kMostThreads * kHeld) {
     const int64_t warps = blocks_for(vectors, kWarp);
-    const auto threads = static_cast<unsigned>(warps * kWarp < kMostThreads ? warps * kWarp
-                                                                            : kMostThreads);
+    const auto threads =
+        static_cast<unsigned>(warps * kWarp < kMostThreads ? warps * kWarp : kMostThreads);
     whole_kernel<T, kWidth>
         <<<static_cast<unsigned>(groups), threads, 0, stream>>>(norm, y, statistics);
   } else {
     const int64_t slices = slices_of(norm), pieces = blocks_for(norm.n, kPieceLeast);
     const int64_t warps = blocks_for(norm.n / kWidth, kWarp);
     const auto threads = static_cast<unsigned>(warps < kWarps ? warps * kWarp : kThreads);
-    slices_kernel<T, kWidth><<<static_cast<unsigned>(groups * slices), kThreads, 0, stream>>>(
-        norm, slices, workspace);
+    slices_kernel<T, kWidth>
+        <<<static_cast<unsigned>(groups * slices), kThreads, 0, stream>>>(norm, slices, workspace);
     check_launch(kOp);
-    apply_kernel<T, kWidth><<<static_cast<unsigned>(norm.b * norm.c * pieces), threads, 0,
-                              stream>>>(norm, slices, pieces, workspace, y, statistics);
+    apply_kernel<T, kWidth>
+        <<<static_cast<unsigned>(norm.b * norm.c * pieces), threads, 0, stream>>>(
+            norm, slices, pieces, workspace, y, statistics);
   }
   check_launch(kOp);
 }

@@ -123,9 +123,7 @@ __device__ Affine affine_of(const Group& group, const Gain& gain) {
 }
 
 // 1 / (1 + e^-z). The rounding of z log2(e) changes the result by at most |z| / 4 units.
-__device__ float sigmoid(float z) {
-  return __fdividef(1.0f, 1.0f + exp2f(-1.44269504f * z));
-}
+__device__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + exp2f(-1.44269504f * z)); }
 
 // Adds the elements at(u, j), u < held, to the moments about `origin`. They are taken about their
 // own mean in float32, where x - mean is exact if the mean is far from zero, and moved in float64.
@@ -215,8 +213,8 @@ inline bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(
 inline int width_of(const Norm& norm, const void* a, const void* b) {
   const int width = norm.dtype == Dtype::kFloat32 ? 4 : 8;
   const int64_t run = norm.channels_last ? norm.c : norm.n;
-  const bool fits = run % width == 0 && aligned(norm.x) && aligned(norm.residual) && aligned(a) &&
-                    aligned(b);
+  const bool fits =
+      run % width == 0 && aligned(norm.x) && aligned(norm.residual) && aligned(a) && aligned(b);
   return fits ? width : 1;
 }
 

@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     gradient_kernel(const Norm norm, int64_t parts, const void* grad, const double* statistics,
                     const float2* means, void* grad_x) {
   const int64_t channel = blockIdx.x / parts, part = blockIdx.x % parts;
-  const Gradient own =
-      gradient_of(norm, statistics, means, channel / norm.c, channel % norm.c);
+  const Gradient own = gradient_of(norm, statistics, means, channel / norm.c, channel % norm.c);
   const int64_t vectors = norm.n / kWidth, end = vectors * (part + 1) / parts;
   for (int64_t i = vectors * part / parts + threadIdx.x; i < end; i += blockDim.x) {
     const int64_t at = channel * norm.n + i * kWidth;
@@ -224,8 +223,8 @@ void launch(const Norm& norm, cudaStream_t stream, const void* grad, const doubl
       static_cast<unsigned>(norm.b * (norm.channels_last ? strips : norm.c) * parts);
   const auto threads = static_cast<unsigned>(warps < kWarps ? warps * kWarp : kThreads);
   if (norm.channels_last) {
-    sums_strips_kernel<T, kWidth><<<blocks, kThreads, 0, stream>>>(norm, strips, parts, grad,
-                                                                   statistics, workspace);
+    sums_strips_kernel<T, kWidth>
+        <<<blocks, kThreads, 0, stream>>>(norm, strips, parts, grad, statistics, workspace);
   } else {
     sums_kernel<T, kWidth>
         <<<blocks, threads, 0, stream>>>(norm, parts, grad, statistics, workspace);
@@ -238,8 +237,8 @@ void launch(const Norm& norm, cudaStream_t stream, const void* grad, const doubl
     gradient_strips_kernel<T, kWidth><<<blocks, kThreads, 0, stream>>>(
         norm, strips, parts, grad, statistics, workspace.means, grad_x);
   } else {
-    gradient_kernel<T, kWidth><<<blocks, threads, 0, stream>>>(norm, parts, grad, statistics,
-                                                               workspace.means, grad_x);
+    gradient_kernel<T, kWidth>
+        <<<blocks, threads, 0, stream>>>(norm, parts, grad, statistics, workspace.means, grad_x);
   }
   check_launch(kOp);
 }

@@ -237,9 +237,9 @@ def group_norm_silu(
     from blocks of at most 2048 elements, in an order that does not depend on the threads. They are
     taken about each block's own mean: the result errs by a few units of float32 in the normalised
     values also where the mean is 10^4 times the spread. Values whose squared deviations leave the
-    range of float32 (spread above 10^17) give NaN. Float64 tensors are computed in float64 by
-    PyTorch, and so, in float32, are CUDA tensors. Differentiable once in all tensors;
-    deterministic.
+    range of float32 (spread above 10^17) give NaN. On a GPU a group that fits into the registers
+    of a block is read once, else twice. Float64 tensors are computed in float64 by PyTorch.
+    Differentiable once in all tensors; deterministic.
 
     Args:
         x: `[b, c, ...]` in float32, bfloat16, float16 or float64; contiguous or with channels last,
