@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "group_norm/group_norm.h"
+#include "linear_attention/linear_attention.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
 #include "scheduler/scheduler.h"
@@ -32,6 +33,19 @@ void backward_cuda(const Norm&, const void*, const double*, int, void*, double*,
 }
 
 }  // namespace group_norm
+
+namespace linear_attention {
+
+std::int64_t forward_workspace(const Attention&) { return 0; }
+std::int64_t backward_workspace(const Attention&) { return 0; }
+void forward_cuda(const Attention&, int, void*, float*, const Rows&, float*) {
+  built_without_cuda("linear_attention");
+}
+void backward_cuda(const Attention&, int, void*, float*, const Gradients&) {
+  built_without_cuda("linear_attention");
+}
+
+}  // namespace linear_attention
 
 namespace masked_sampling {
 

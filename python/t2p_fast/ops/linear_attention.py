@@ -38,6 +38,16 @@ def _options(
     )
 
 
+def _workspace(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, backward: bool
+) -> Tensor | None:
+    """Scratch memory that the kernels want on a GPU."""
+    if not q.is_cuda:
+        return None
+    size = _C.linear_attention_workspace_size(q, k, v, cu_seqlens, causal, backward)
+    return q.new_empty(size, dtype=torch.float32)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor,
     key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_state: Tensor | None,
@@ -48,9 +58,11 @@ def _attend(
         q, k, v, key_mask, cu_seqlens, initial_state, feature, causal, normalize, eps, scale,
         layout, return_state,
     )  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    options = _options(key_mask, cu_seqlens, initial_state)
     _C.linear_attention(
-        _rows(q), _rows(k), _rows(v), *_options(key_mask, cu_seqlens, initial_state), feature,
-        causal, normalize, eps, scale, out, state if return_state else None,
+        q, k, v, *options, feature, causal, normalize, eps, scale,
+        _workspace(q, k, v, options[1], causal, False), out, state if return_state else None,
         torch.get_num_threads(),
     )  # fmt: skip
     return out, state
@@ -93,9 +105,11 @@ def _backward(
         grad_out, grad_state,
     )  # fmt: skip
     grad_q, grad_k, grad_v, grad_initial = results
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    options = _options(key_mask, cu_seqlens, initial_state)
     _C.linear_attention_backward(
-        _rows(q), _rows(k), _rows(v), *_options(key_mask, cu_seqlens, initial_state), feature,
-        causal, normalize, eps, scale, _rows(grad_out),
+        q, k, v, *options, feature, causal, normalize, eps, scale,
+        _workspace(q, k, v, options[1], causal, True), _rows(grad_out),
         None if grad_state is None else grad_state.contiguous(), grad_q, grad_k, grad_v,
         None if initial_state is None else grad_initial, torch.get_num_threads(),
     )  # fmt: skip
