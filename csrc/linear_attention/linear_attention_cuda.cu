@@ -13,23 +13,31 @@ namespace t2p::linear_attention {
 namespace {
 
 template <class T>
-void launch(const Attention& attention, cudaStream_t stream, float* workspace, const Rows& out,
-            float* state) {
+void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* workspace,
+            const Rows& out, float* state) {
   const Sources sources(attention);
   const Cut keys = keys_of(attention);
   const int64_t heads = attention.h;
   float* const totals = workspace + keys.slots() * heads * state_size(attention);
-  launch_states<T>(sources.keys, sources.values,
-                   {.cut = keys,
-                    .heads = heads,
-                    .d = attention.d,
-                    .e = attention.e,
-                    .initial = attention.initial_state,
-                    .parts = workspace,
-                    .totals = attention.causal ? nullptr : totals,
-                    .state = state,
-                    .backwards = false},
-                   stream);
+  const Combination sum{.cut = keys,
+                        .heads = heads,
+                        .d = attention.d,
+                        .e = attention.e,
+                        .initial = attention.initial_state,
+                        .parts = workspace,
+                        .totals = attention.causal ? nullptr : totals,
+                        .state = state,
+                        .backwards = false};
+  if (on_tensor_cores) {
+    states_mma(attention, stream, workspace);
+  } else {
+    launch_states<T>(sources.keys, sources.values, sum, stream);
+  }
+  launch_combination(sum, stream);
+  if (on_tensor_cores && !attention.causal && fits_vectors(out)) {
+    outputs_mma(attention, totals, stream, out);
+    return;
+  }
   Product product{};
   product.a = sources.queries;
   product.b = sources.keys;
@@ -61,13 +69,14 @@ void forward_cuda(const Attention& attention, int device, void* stream, float* w
   const auto s = static_cast<cudaStream_t>(stream);
   switch (attention.q.format) {
     case Format::kF32:
-      launch<float>(attention, s, workspace, out, state);
+      launch<float>(attention, false, s, workspace, out, state);
       break;
     case Format::kBf16:
-      launch<__nv_bfloat16>(attention, s, workspace, out, state);
+      launch<__nv_bfloat16>(attention, fits_tensor_cores(attention, device), s, workspace, out,
+                            state);
       break;
     case Format::kF16:
-      launch<__half>(attention, s, workspace, out, state);
+      launch<__half>(attention, false, s, workspace, out, state);
       break;
   }
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and the backward kernels share: how sequences are cut, rows as matrices in
-// shared memory, and products of tiles on the plain float32 units of any architecture.
+// What all kernels share: elements, how sequences are cut, and rows as matrices.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,10 +16,7 @@ namespace {
 using std::int64_t;
 
 constexpr const char* kOp = "linear_attention";
-constexpr int kThreads = 256, kSide = 16;  // a block is kSide by kSide threads
-constexpr int kTile = 64;                  // rows of a tile, and of a chunk of a causal product
-constexpr int kDepth = 16;                 // of a product, between two barriers
-constexpr int kPitch = kTile + 4;          // of shared matrices: rows begin on 16 bytes
+constexpr int kTile = 64;  // rows of a tile, and of a chunk of a causal product
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ float to_float(float a) { return a; }
@@ -149,148 +145,43 @@ struct View {
   }
 };
 
-// kDepth channels of kTile rows, as to[channel][row].
-template <class T>
-__device__ void stage_columns(const View<T>& view, const Part& part, int64_t row, int channel,
-                              float* to) {
-  const int column = threadIdx.x % kDepth;
-  for (int i = threadIdx.x / kDepth; i < kTile; i += kThreads / kDepth) {
-    to[column * kPitch + i] = view.at(part, row + i, channel + column);
-  }
+// How many rows a state is summed over. Where all rows see the same, enough parts for any GPU.
+inline int64_t part_length(const Attention& attention, int64_t rows) {
+  if (attention.causal) return kTile;
+  constexpr int64_t kEnough = 1024, kLeast = 256;
+  const int64_t all = attention.offsets ? rows : rows * attention.s;
+  const int64_t length = blocks_for(all * attention.h, kEnough);
+  return blocks_for(length > kLeast ? length : kLeast, kTile) * kTile;
 }
 
-// kWidth channels of kDepth rows, as to[row][channel].
-template <int kWidth, class T>
-__device__ void stage_rows(const View<T>& view, const Part& part, int64_t row, int channel,
-                           float* to) {
-  const int column = threadIdx.x % kWidth;
-  for (int i = threadIdx.x / kWidth; i < kDepth; i += kThreads / kWidth) {
-    to[i * kPitch + column] = view.at(part, row + i, channel + column);
+inline Cut keys_of(const Attention& a) { return {a.offsets, a.s, a.n, part_length(a, a.n)}; }
+inline Cut queries_of(const Attention& a) { return {a.offsets, a.s, a.m, part_length(a, a.m)}; }
+inline Cut tiles_of(const Attention& a, int64_t rows) { return {a.offsets, a.s, rows, kTile}; }
+
+// The sources of a call: the names are those of the equations in backward-inl.h.
+struct Sources {
+  Source queries, keys, values;
+  explicit Sources(const Attention& a) {
+    queries = {a.q, static_cast<int>(a.d), a.feature, nullptr, nullptr, a.n, a.m, Extra::kNone};
+    keys = {a.k, static_cast<int>(a.d), a.feature, a.mask, nullptr, a.n, a.m, Extra::kNone};
+    values = {a.v, static_cast<int>(a.e), Feature::kIdentity, a.mask, nullptr, a.n,
+              a.m, Extra::kOnes};
   }
-}
-
-template <int kCount>
-struct alignas(kCount * sizeof(float)) Floats {
-  float v[kCount];
-};
-
-// sums += a^T b, where a [kDepth, kM kSide] and b [kDepth, kN kSide] are shared.
-template <int kM, int kN>
-__device__ void multiply(const float* a, const float* b, float (&sums)[kM][kN]) {
-  a += threadIdx.x / kSide * kM;
-  b += threadIdx.x % kSide * kN;
-#pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
-    const auto left = *reinterpret_cast<const Floats<kM>*>(a + k * kPitch);
-    const auto right = *reinterpret_cast<const Floats<kN>*>(b + k * kPitch);
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) sums[i][j] = fmaf(left.v[i], right.v[j], sums[i][j]);
-    }
-  }
-}
-
-// States are S [d, e] and z [d], one after another.
-inline int64_t state_size(const Attention& attention) {
-  return attention.d * attention.e + attention.d;
-}
-
-// The state of every part alone: S = sum_j a_j b_j^T, and z = sum_j a_j times b_j's extra channel.
-template <class T, int kM, int kN>
-__global__ void __launch_bounds__(kThreads, 2)
-    accumulate_kernel(const Source a, const Source b, const Cut cut, int64_t heads, float* states) {
-  __shared__ float left[kDepth * kPitch], right[kDepth * kPitch], extra[kDepth];
-  const int d = a.channels, e = b.channels;
-  const int across = (e + kN * kSide - 1) / (kN * kSide);
-  const int tiles = (d + kM * kSide - 1) / (kM * kSide) * across;
-  const int tile = static_cast<int>(blockIdx.x % tiles), thread = static_cast<int>(threadIdx.x);
-  const int64_t head = blockIdx.x / tiles % heads, slot = blockIdx.x / tiles / heads;
-  const int first = tile / across * kM * kSide, column = tile % across * kN * kSide;
-  Part part;
-  if (!cut.locate(slot, part)) return;
-  const View<T> rows_a{a, head, heads}, rows_b{b, head, heads};
-  float sums[kM][kN] = {}, z = 0;
-  for (int64_t row = part.begin; row < part.end; row += kDepth) {
-    stage_rows<kM * kSide>(rows_a, part, row, first, left);
-    stage_rows<kN * kSide>(rows_b, part, row, column, right);
-    if (thread < kDepth) extra[thread] = rows_b.extra(part, row + thread);
-    __syncthreads();
-    multiply(left, right, sums);
-    if (column == 0 && thread < kM * kSide) {
-      for (int k = 0; k < kDepth; ++k) z = fmaf(left[k * kPitch + thread], extra[k], z);
-    }
-    __syncthreads();
-  }
-  float* state = states + (slot * heads + head) * (static_cast<int64_t>(d) * e + d);
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const int r = first + thread / kSide * kM + i, c = column + thread % kSide * kN + j;
-      if (r < d && c < e) state[static_cast<int64_t>(r) * e + c] = sums[i][j];
-    }
-  }
-  if (column == 0 && thread < kM * kSide && first + thread < d) {
-    state[static_cast<int64_t>(d) * e + first + thread] = z;
-  }
-}
-
-// From the state of every part alone to what comes before it (or, `backwards`, after it), or, with
-// `totals`, only to the sum of them all.
-struct Combination {
-  Cut cut;
-  int64_t heads, d, e;
-  const float* initial;  // [s, h, d, e + 1] or null
-  float* parts;
-  float* totals;  // or null
-  float* state;   // [s, h, d, e + 1] or null: the sum for the user
-  bool backwards;
-};
-
-__global__ void __launch_bounds__(kThreads, 2) combine_kernel(const Combination all) {
-  const int64_t size = all.d * all.e + all.d, blocks = (size + kThreads - 1) / kThreads;
-  const int64_t task = blockIdx.x / blocks, i = blockIdx.x % blocks * kThreads + threadIdx.x;
-  if (i >= size) return;
-  const int64_t sequence = task / all.heads, head = task % all.heads;
-  const int64_t row = i < all.d * all.e ? i / all.e : i - all.d * all.e;
-  const int64_t column = i < all.d * all.e ? i % all.e : all.e;
-  const int64_t outside = (task * all.d + row) * (all.e + 1) + column;
-  const int64_t base = all.cut.base(sequence), count = all.cut.parts(sequence);
-  float sum = all.initial ? all.initial[outside] : 0.0f;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t slot = base + (all.backwards ? count - 1 - k : k);
-    float* part = all.parts + (slot * all.heads + head) * size + i;
-    const float own = *part;
-    if (all.totals == nullptr) *part = sum;
-    sum += own;
-  }
-  if (all.totals) all.totals[task * size + i] = sum;
-  if (all.state) all.state[outside] = sum;
-}
-
-enum class Pairs { kNone, kBefore, kAfter };  // which rows of its chunk a row sees
-enum class Result { kOut, kFactors, kGradient };
-
-// out_r = a_r M + sum_c (a_r . b_c) c_c over the rows c of r's chunk that r sees; extra channels
-// take part on the left. M is the state or, transposed, the state of which z is the extra row.
-struct Product {
-  Source a, b, c;
-  Pairs pairs;
-  const float* states;  // of every part if there are pairs, else of every sequence
-  bool transposed;
-  Cut cut;
-  int64_t heads;
-  int d, e;
-  // kOut and kFactors: also the normaliser, which makes the factors N and u.
-  bool normalize;
-  float eps, scale;
-  Source grads;     // kFactors
-  float2* factors;  // kFactors: [b, h, m]
-  // kGradient: times phi' of these rows, and 0 where they are left out.
-  Source own;
-  Rows out;  // kOut, kGradient
 };
 
 }  // namespace
+
+// The road through tensor cores, linear_attention_cuda_mma.cu: bfloat16 and few channels.
+bool fits_tensor_cores(const Attention& attention, int device);
+
+// Whether rows begin on 16 bytes.
+bool fits_vectors(const Rows& rows);
+
+// The states of the parts of keys_of.
+void states_mma(const Attention& attention, cudaStream_t stream, float* states);
+
+// Where nothing is causal: from the states [s, h] of whole sequences.
+void outputs_mma(const Attention& attention, const float* states, cudaStream_t stream,
+                 const Rows& out);
+
 }  // namespace t2p::linear_attention

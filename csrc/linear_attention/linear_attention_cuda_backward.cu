@@ -28,7 +28,7 @@ struct Layout {
 };
 
 template <class T>
-void launch(const Attention& attention, cudaStream_t stream, float* workspace,
+void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* workspace,
             const Gradients& gradients) {
   const Sources sources(attention);
   const Layout layout(attention);
@@ -51,7 +51,12 @@ void launch(const Attention& attention, cudaStream_t stream, float* workspace,
                   .totals = causal ? nullptr : workspace + layout.totals,
                   .state = nullptr,
                   .backwards = false};
-  launch_states<T>(sources.keys, sources.values, sum, stream);
+  if (on_tensor_cores) {
+    states_mma(attention, stream, sum.parts);
+  } else {
+    launch_states<T>(sources.keys, sources.values, sum, stream);
+  }
+  launch_combination(sum, stream);
 
   Product product{};
   product.a = sources.queries;
@@ -85,6 +90,7 @@ void launch(const Attention& attention, cudaStream_t stream, float* workspace,
   sum.state = gradients.initial_state;
   sum.backwards = true;
   launch_states<T>(sources.queries, scaled, sum, stream);
+  launch_combination(sum, stream);
 
   product.a = sources.values;
   product.b = scaled;
@@ -116,13 +122,14 @@ void backward_cuda(const Attention& attention, int device, void* stream, float* 
   const auto s = static_cast<cudaStream_t>(stream);
   switch (attention.q.format) {
     case Format::kF32:
-      launch<float>(attention, s, workspace, gradients);
+      launch<float>(attention, false, s, workspace, gradients);
       break;
     case Format::kBf16:
-      launch<__nv_bfloat16>(attention, s, workspace, gradients);
+      launch<__nv_bfloat16>(attention, fits_tensor_cores(attention, device), s, workspace,
+                            gradients);
       break;
     case Format::kF16:
-      launch<__half>(attention, s, workspace, gradients);
+      launch<__half>(attention, false, s, workspace, gradients);
       break;
   }
 }

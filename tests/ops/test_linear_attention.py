@@ -158,6 +158,33 @@ def test_linear_attention_split_sequence(
         assert torch.equal(state, results[0][1])
 
 
+@pytest.mark.parametrize(
+    ("d", "e", "feature", "normalize"),
+    [(32, 32, "relu", True), (8, 24, "identity", False), (64, 40, "relu", True)],
+)
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_linear_attention_on_tensor_cores(
+    d: int, e: int, feature: str, normalize: bool, layout: str, device: torch.device
+) -> None:
+    """What a GPU takes a road of its own for; the state has all digits of float32."""
+    q, k, v, initial = _case(2, 3, 133, 333, d, e, 7, torch.bfloat16)
+    mask = torch.arange(333) % 5 != 2
+    options: dict[str, Any] = {"feature": feature, "normalize": normalize, "eps": 0.1}
+    truth, state_truth = reference.linear_attention(
+        q.double(), k.double(), v.double(), initial_state=initial.double(),
+        key_mask=mask.expand(2, 333), **options,
+    )  # fmt: skip
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    q, k, v, initial, mask = (x.to(device) for x in (q, k, v, initial, mask.repeat(2, 1)))
+    out, state = linear_attention(
+        q, k, v, initial_state=initial, key_mask=mask, return_state=True, layout=layout, **options
+    )
+    out = out.transpose(1, 2) if layout == "bnhd" else out
+    _assert_close(out.cpu(), truth, torch.bfloat16, 333 + d)
+    _assert_close(state.cpu(), state_truth, steps=333)
+
+
 def test_linear_attention_state_carries_on(device: torch.device) -> None:
     q, k, v, _ = (x.to(device) for x in _case(2, 2, 90, 90, 16, 16))
     whole = linear_attention(q, k, v, causal=True)
