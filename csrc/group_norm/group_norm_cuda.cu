@@ -12,7 +12,7 @@ namespace t2p::group_norm {
 namespace {
 
 constexpr int kMostThreads = 512;
-constexpr int kHeld = 16;               // vectors that a thread holds of a group that fits
+constexpr int kHeld = 10;               // vectors that a thread holds of a group that fits
 constexpr int64_t kSliceLeast = 8192;   // elements of a slice of a group, at least
 constexpr int64_t kPieceLeast = 32768;  // elements of a channel that a block normalises, at most
 constexpr int64_t kRowsLeast = 256;     // rows of a slice with channels last, at least
@@ -159,7 +159,7 @@ struct Pieces {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2)
     strips_kernel(const Norm norm, const Pieces pieces, Workspace workspace) {
-  constexpr int kTile = 8;
+  constexpr int kTile = kWidth == 8 ? 4 : 8;
   __shared__ Pair shared[kWarps][kStripChannels<kWidth>];
   const Strip<kWidth> own(norm, pieces.strips, pieces.slices);
   const int64_t sample = own.b * norm.n * norm.c;
@@ -279,7 +279,7 @@ void launch(const Norm& norm, cudaStream_t stream, double* memory, void* y, doub
   const Workspace workspace{memory, reinterpret_cast<Pair*>(memory + groups + groups % 2)};
   if (norm.channels_last) {
     const Pieces pieces = pieces_of(norm, kWidth);
-    const auto blocks = static_cast<unsigned>(norm.b * pieces.strips * pieces.slices);
+    const unsigned blocks = grid_size(norm.b * pieces.strips * pieces.slices, kOp);
     strips_kernel<T, kWidth><<<blocks, kThreads, 0, stream>>>(norm, pieces, workspace);
     check_launch(kOp);
     apply_strips_kernel<T, kWidth>
@@ -288,18 +288,16 @@ void launch(const Norm& norm, cudaStream_t stream, double* memory, void* y, doub
     const int64_t warps = blocks_for(vectors, kWarp);
     const auto threads =
         static_cast<unsigned>(warps * kWarp < kMostThreads ? warps * kWarp : kMostThreads);
-    whole_kernel<T, kWidth>
-        <<<static_cast<unsigned>(groups), threads, 0, stream>>>(norm, y, statistics);
+    whole_kernel<T, kWidth><<<grid_size(groups, kOp), threads, 0, stream>>>(norm, y, statistics);
   } else {
     const int64_t slices = slices_of(norm), pieces = blocks_for(norm.n, kPieceLeast);
     const int64_t warps = blocks_for(norm.n / kWidth, kWarp);
     const auto threads = static_cast<unsigned>(warps < kWarps ? warps * kWarp : kThreads);
     slices_kernel<T, kWidth>
-        <<<static_cast<unsigned>(groups * slices), kThreads, 0, stream>>>(norm, slices, workspace);
+        <<<grid_size(groups * slices, kOp), kThreads, 0, stream>>>(norm, slices, workspace);
     check_launch(kOp);
-    apply_kernel<T, kWidth>
-        <<<static_cast<unsigned>(norm.b * norm.c * pieces), threads, 0, stream>>>(
-            norm, slices, pieces, workspace, y, statistics);
+    apply_kernel<T, kWidth><<<grid_size(norm.b * norm.c * pieces, kOp), threads, 0, stream>>>(
+        norm, slices, pieces, workspace, y, statistics);
   }
   check_launch(kOp);
 }

@@ -219,8 +219,7 @@ void launch(const Norm& norm, cudaStream_t stream, const void* grad, const doubl
   const int64_t strips = strips_of(norm, kWidth), warps = blocks_for(norm.n / kWidth, kWarp);
   const Workspace workspace{reinterpret_cast<float2*>(memory),
                             reinterpret_cast<float2*>(memory + groups)};
-  const auto blocks =
-      static_cast<unsigned>(norm.b * (norm.channels_last ? strips : norm.c) * parts);
+  const unsigned blocks = grid_size(norm.b * (norm.channels_last ? strips : norm.c) * parts, kOp);
   const auto threads = static_cast<unsigned>(warps < kWarps ? warps * kWarp : kThreads);
   if (norm.channels_last) {
     sums_strips_kernel<T, kWidth>
@@ -230,8 +229,7 @@ void launch(const Norm& norm, cudaStream_t stream, const void* grad, const doubl
         <<<blocks, threads, 0, stream>>>(norm, parts, grad, statistics, workspace);
   }
   check_launch(kOp);
-  totals_kernel<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(norm, parts, workspace,
-                                                                        sums);
+  totals_kernel<<<grid_size(groups, kOp), kThreads, 0, stream>>>(norm, parts, workspace, sums);
   check_launch(kOp);
   if (norm.channels_last) {
     gradient_strips_kernel<T, kWidth><<<blocks, kThreads, 0, stream>>>(

@@ -280,7 +280,7 @@ bool fits_tensor_cores(const Attention& a, int device) {
 void states_mma(const Attention& attention, cudaStream_t stream, float* states) {
   const Sources sources(attention);
   const Cut cut = keys_of(attention);
-  const auto blocks = static_cast<unsigned>(cut.slots() * attention.h);
+  const unsigned blocks = grid_size(cut.slots() * attention.h, kOp);
   if (blocks == 0) return;
   const auto kernel =
       attention.d <= 32 && attention.e <= 32 ? states_mma_kernel<32> : states_mma_kernel<64>;
@@ -292,7 +292,7 @@ void states_mma(const Attention& attention, cudaStream_t stream, float* states) 
 void outputs_mma(const Attention& attention, const float* states, cudaStream_t stream,
                  const Rows& out) {
   const Cut cut{attention.offsets, attention.s, attention.m, kQueries};
-  const auto blocks = static_cast<unsigned>(cut.slots() * attention.h);
+  const unsigned blocks = grid_size(cut.slots() * attention.h, kOp);
   if (blocks == 0) return;
   const Outputs outputs{Sources(attention).queries,
                         cut,

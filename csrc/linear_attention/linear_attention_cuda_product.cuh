@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Product p) {
 
 template <class T, Result kResult>
 void launch_product(const Product& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(p.cut.slots() * p.heads);
+  const unsigned blocks = grid_size(p.cut.slots() * p.heads, kOp);
   if (blocks == 0) return;
   if ((p.transposed ? p.d : p.e) <= 2 * kSide) {
     product_kernel<T, 2, kResult><<<blocks, kThreads, 0, stream>>>(p);
@@ -307,11 +307,11 @@ void launch_states(const Source& a, const Source& b, const Combination& all, cud
   if (slots == 0) return;
   constexpr int64_t kSmall = 2 * kSide, kLarge = 4 * kSide;
   if (a.channels <= kSmall && b.channels <= kSmall) {
-    accumulate_kernel<T, 2, 2><<<static_cast<unsigned>(slots), kThreads, 0, stream>>>(
-        a, b, all.cut, all.heads, all.parts);
+    accumulate_kernel<T, 2, 2>
+        <<<grid_size(slots, kOp), kThreads, 0, stream>>>(a, b, all.cut, all.heads, all.parts);
   } else {
     const int64_t tiles = blocks_for(a.channels, kLarge) * blocks_for(b.channels, kLarge);
-    accumulate_kernel<T, 4, 4><<<static_cast<unsigned>(slots * tiles), kThreads, 0, stream>>>(
+    accumulate_kernel<T, 4, 4><<<grid_size(slots * tiles, kOp), kThreads, 0, stream>>>(
         a, b, all.cut, all.heads, all.parts);
   }
   check_launch(kOp);
@@ -319,8 +319,8 @@ void launch_states(const Source& a, const Source& b, const Combination& all, cud
 
 inline void launch_combination(const Combination& all, cudaStream_t stream) {
   const int64_t blocks = blocks_for(all.d * all.e + all.d, kThreads);
-  combine_kernel<<<static_cast<unsigned>(all.cut.sequences * all.heads * blocks), kThreads, 0,
-                   stream>>>(all);
+  combine_kernel<<<grid_size(all.cut.sequences * all.heads * blocks, kOp), kThreads, 0, stream>>>(
+      all);
   check_launch(kOp);
 }
 

@@ -159,30 +159,45 @@ def test_linear_attention_split_sequence(
 
 
 @pytest.mark.parametrize(
-    ("d", "e", "feature", "normalize"),
-    [(32, 32, "relu", True), (8, 24, "identity", False), (64, 40, "relu", True)],
+    ("d", "e", "feature", "normalize", "layout"),
+    [
+        (32, 32, "relu", True, "bhnd"),
+        (8, 24, "identity", False, "bnhd"),
+        (64, 40, "relu", True, "bnhd"),
+    ],
 )
-@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
-def test_linear_attention_on_tensor_cores(
-    d: int, e: int, feature: str, normalize: bool, layout: str, device: torch.device
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_bfloat16_keeps_float32_states(
+    d: int, e: int, feature: str, normalize: bool, layout: str, causal: bool, device: torch.device
 ) -> None:
-    """What a GPU takes a road of its own for; the state has all digits of float32."""
-    q, k, v, initial = _case(2, 3, 133, 333, d, e, 7, torch.bfloat16)
-    mask = torch.arange(333) % 5 != 2
-    options: dict[str, Any] = {"feature": feature, "normalize": normalize, "eps": 0.1}
+    """Also on tensor cores, for which a GPU splits the states."""
+    n = 70 if causal else 270
+    tensors = _case(2, 1, n if causal else 33, n, d, e, 7, torch.bfloat16)
+    mask = (torch.arange(n) % 5 != 2).repeat(2, 1)
+    options: dict[str, Any] = {
+        "feature": feature, "normalize": normalize, "eps": 0.1, "causal": causal,
+    }  # fmt: skip
+    exact = [x.double().requires_grad_() for x in tensors]
     truth, state_truth = reference.linear_attention(
-        q.double(), k.double(), v.double(), initial_state=initial.double(),
-        key_mask=mask.expand(2, 333), **options,
-    )  # fmt: skip
-    if layout == "bnhd":
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    q, k, v, initial, mask = (x.to(device) for x in (q, k, v, initial, mask.repeat(2, 1)))
-    out, state = linear_attention(
-        q, k, v, initial_state=initial, key_mask=mask, return_state=True, layout=layout, **options
+        *exact[:3], initial_state=exact[3], key_mask=mask, **options
     )
+    ours = [x.to(device).requires_grad_() for x in tensors]
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in ours[:3])
+    else:
+        q, k, v = ours[:3]
+    out, state = linear_attention(
+        q, k, v, initial_state=ours[3], key_mask=mask.to(device), return_state=True,
+        layout=layout, **options,
+    )  # fmt: skip
     out = out.transpose(1, 2) if layout == "bnhd" else out
-    _assert_close(out.cpu(), truth, torch.bfloat16, 333 + d)
-    _assert_close(state.cpu(), state_truth, steps=333)
+    _assert_close(out.detach().cpu(), truth.detach(), torch.bfloat16, n + d)
+    _assert_close(state.detach().cpu(), state_truth.detach(), steps=n)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(out, ours, weight.to(device))
+    wanted = torch.autograd.grad(truth, exact, weight.double())
+    for gradient, right in zip(found, wanted, strict=True):
+        _assert_close(gradient.cpu(), right, gradient.dtype, steps=4 * n)
 
 
 def test_linear_attention_state_carries_on(device: torch.device) -> None:
