@@ -2,6 +2,8 @@
 // Compiled in place of the CUDA kernels where there is no CUDA compiler: every launcher says so.
 #include <stdexcept>
 
+#include "group_norm/group_norm.h"
+#include "linear_attention/linear_attention.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
 #include "scheduler/scheduler.h"
@@ -18,6 +20,32 @@ namespace {
 }
 
 }  // namespace
+
+namespace group_norm {
+
+std::int64_t forward_workspace(const Norm&) { return 0; }
+std::int64_t backward_workspace(const Norm&) { return 0; }
+void forward_cuda(const Norm&, int, void*, double*, void*, double*) {
+  built_without_cuda("group_norm_silu");
+}
+void backward_cuda(const Norm&, const void*, const double*, int, void*, double*, void*, float*) {
+  built_without_cuda("group_norm_silu");
+}
+
+}  // namespace group_norm
+
+namespace linear_attention {
+
+std::int64_t forward_workspace(const Attention&) { return 0; }
+std::int64_t backward_workspace(const Attention&) { return 0; }
+void forward_cuda(const Attention&, int, void*, float*, const Rows&, float*) {
+  built_without_cuda("linear_attention");
+}
+void backward_cuda(const Attention&, int, void*, float*, const Gradients&) {
+  built_without_cuda("linear_attention");
+}
+
+}  // namespace linear_attention
 
 namespace masked_sampling {
 

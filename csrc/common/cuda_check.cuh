@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,15 @@ class DeviceGuard {
  private:
   int previous_ = 0;
 };
+
+// As many blocks as a grid may have in its first dimension, which is all that a launch uses.
+inline unsigned grid_size(std::int64_t blocks, const char* op) {
+  if (blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string(op) + ": the tensors are too large for one launch, of " +
+                             std::to_string(blocks) + " blocks");
+  }
+  return static_cast<unsigned>(blocks);
+}
 
 // Reports a launch that could not start. It does not wait for the kernel.
 inline void check_launch(const char* op) { cuda_check(cudaGetLastError(), op); }

@@ -31,6 +31,12 @@ __device__ inline void copy_async(std::uint32_t to, const void* from) {
   T2P_AMPERE("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same for the first `bytes` bytes, 0 to 16; the rest becomes zeros.
+__device__ inline void copy_async(std::uint32_t to, const void* from, int bytes) {
+  T2P_AMPERE("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+             "r"(bytes) : "memory");
+}
+
 // Ends a group of this thread's copies.
 __device__ inline void commit_copies() { T2P_AMPERE("cp.async.commit_group;" :: : "memory"); }
 
@@ -52,6 +58,19 @@ __device__ inline float2 load_pair(std::uint32_t from) {
 __device__ inline void load_matrices(std::uint32_t (&to)[4], std::uint32_t from) {
   T2P_AMPERE("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]),
              "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ inline void load_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
+  T2P_AMPERE("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]),
+             "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+
+// The larger of two bfloat16 numbers, for both halves; a NaN if either is one.
+__device__ inline std::uint32_t max_of_pairs(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t most = 0;
+  T2P_AMPERE("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
 }
 
 // c += a b for bfloat16 and float32 sums. Products are exact; how sums round is left open, and

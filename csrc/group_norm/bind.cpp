@@ -75,7 +75,6 @@ Norm norm_of(const TensorView& x, std::int64_t groups, const Optional& weight, c
   const std::int64_t b = x.size(0), c = x.size(1);
   T2P_CHECK(groups > 0 && c > 0 && c % groups == 0, kOp, ": num_groups=", groups,
             " does not divide the ", c, " channels of x");
-  T2P_CHECK(!x.on_cuda(), kOp, ": there is no kernel for CUDA");
   const bool contiguous = x.contiguous();
   T2P_CHECK(contiguous || channels_last(x), kOp,
             ": x must be contiguous or have its channels last");
@@ -98,9 +97,26 @@ Norm norm_of(const TensorView& x, std::int64_t groups, const Optional& weight, c
           .silu = silu};
 }
 
+double* workspace_of(const Optional& tensor, const TensorView& x, std::int64_t needed) {
+  T2P_CHECK(needed == 0 || (tensor && tensor->count() >= needed), kOp, ": workspace must have ",
+            needed, " elements");
+  if (!tensor) return nullptr;
+  T2P_CHECK_TYPE(tensor->dtype_text() == "float64", kOp, ": workspace must be float64, got ",
+                 tensor->dtype_text());
+  check_contiguous(kOp, "workspace", *tensor);
+  check_same_device(kOp, "workspace", *tensor, "x", x);
+  return tensor->data<double>();
+}
+
+std::int64_t workspace_size(const TensorView& x, std::int64_t groups, bool backward) {
+  const Norm norm = norm_of(x, groups, {}, {}, {}, {}, 0, false);
+  return backward ? backward_workspace(norm) : forward_workspace(norm);
+}
+
 void forward(const TensorView& x, std::int64_t groups, const Optional& weight, const Optional& bias,
              const Optional& residual, const Optional& scale, const Optional& shift, double eps,
-             bool silu, const TensorView& y, const TensorView& statistics, int threads) {
+             bool silu, const Optional& workspace, const TensorView& y,
+             const TensorView& statistics, int threads) {
   Norm norm = norm_of(x, groups, weight, bias, scale, shift, eps, silu);
   const bool last = !x.contiguous();
   check_like("y", y, x, last);
@@ -109,23 +125,35 @@ void forward(const TensorView& x, std::int64_t groups, const Optional& weight, c
     norm.residual = residual->data<void>();
   }
   double* const s = statistics_of(statistics, x, groups);
+  if (x.on_cuda()) {
+    forward_cuda(norm, x.device().id, current_stream(x),
+                 workspace_of(workspace, x, forward_workspace(norm)), y.data<void>(), s);
+    return;
+  }
   py::gil_scoped_release nogil;
   forward_cpu(norm, threads, y.data<void>(), s);
 }
 
 void backward(const TensorView& grad, const TensorView& x, const TensorView& statistics,
               std::int64_t groups, const Optional& weight, const Optional& bias,
-              const Optional& scale, const Optional& shift, bool silu, const TensorView& grad_x,
-              const TensorView& sums, int threads) {
+              const Optional& scale, const Optional& shift, bool silu, const Optional& workspace,
+              const TensorView& grad_x, const TensorView& sums, int threads) {
   const Norm norm = norm_of(x, groups, weight, bias, scale, shift, 0, silu);
   const bool last = !x.contiguous();
   check_like("the gradient", grad, x, last);
   check_like("the gradient of x", grad_x, x, last);
   check_float32(kOp, "sums", sums);
   check_contiguous(kOp, "sums", sums);
+  check_same_device(kOp, "sums", sums, "x", x);
   T2P_CHECK(sums.count() == 2 * norm.b * norm.c, kOp, ": sums are ", sums.shape_text(),
             ", expected [2, b, c]");
   const double* const s = statistics_of(statistics, x, groups);
+  if (x.on_cuda()) {
+    backward_cuda(norm, grad.data<void>(), s, x.device().id, current_stream(x),
+                  workspace_of(workspace, x, backward_workspace(norm)), grad_x.data<void>(),
+                  sums.data<float>());
+    return;
+  }
   py::gil_scoped_release nogil;
   backward_cpu(norm, grad.data<void>(), s, threads, grad_x.data<void>(), sums.data<float>());
 }
@@ -133,14 +161,16 @@ void backward(const TensorView& grad, const TensorView& x, const TensorView& sta
 }  // namespace
 
 void bind(py::module_& m) {
+  m.def("group_norm_workspace_size", &workspace_size, py::arg("x"), py::arg("groups"),
+        py::arg("backward"));
   m.def("group_norm", &forward, py::arg("x"), py::arg("groups"), py::arg("weight").none(true),
         py::arg("bias").none(true), py::arg("residual").none(true), py::arg("scale").none(true),
-        py::arg("shift").none(true), py::arg("eps"), py::arg("silu"), py::arg("y"),
-        py::arg("statistics"), py::arg("threads"));
+        py::arg("shift").none(true), py::arg("eps"), py::arg("silu"),
+        py::arg("workspace").none(true), py::arg("y"), py::arg("statistics"), py::arg("threads"));
   m.def("group_norm_backward", &backward, py::arg("grad"), py::arg("x"), py::arg("statistics"),
         py::arg("groups"), py::arg("weight").none(true), py::arg("bias").none(true),
         py::arg("scale").none(true), py::arg("shift").none(true), py::arg("silu"),
-        py::arg("grad_x"), py::arg("sums"), py::arg("threads"));
+        py::arg("workspace").none(true), py::arg("grad_x"), py::arg("sums"), py::arg("threads"));
 }
 
 }  // namespace t2p::group_norm

@@ -42,4 +42,18 @@ void backward_cpu(const Norm& norm,
                   float* sums);  // [2, b, c]: over n of the gradient before silu, and of it times
                                  // the normalised x
 
+// How many doubles of scratch memory the passes on a GPU want, of no alignment but their own.
+std::int64_t forward_workspace(const Norm& norm);
+std::int64_t backward_workspace(const Norm& norm);
+
+// The same on a GPU, queued on a stream of `device`.
+void forward_cuda(const Norm& norm, int device, void* stream, double* workspace,
+                  void* y,              // as x
+                  double* statistics);  // [b, g, 2]
+
+void backward_cuda(const Norm& norm, const void* grad, const double* statistics, int device,
+                   void* stream, double* workspace,
+                   void* grad_x,  // as x
+                   float* sums);  // [2, b, c]
+
 }  // namespace t2p::group_norm

@@ -51,7 +51,6 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
                        const std::optional<TensorView>& offsets,
                        const std::optional<TensorView>& initial_state, const std::string& feature,
                        bool causal, bool normalize, double eps, double scale) {
-  T2P_CHECK(!q.on_cuda(), kOp, ": q is on ", q.device_text(), ", there are kernels for CPU only");
   T2P_CHECK_TYPE(q.is_float32() || q.is_bfloat16() || q.is_float16(), kOp,
                  ": q must be float32, bfloat16 or float16, got ", q.dtype_text());
   T2P_CHECK(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, kOp,
@@ -99,6 +98,8 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
               offsets->shape_text());
     attention.s = offsets->size(0) - 1;
     attention.offsets = offsets->data<std::int64_t>();
+  }
+  if (offsets && !q.on_cuda()) {  // on a GPU it would have to wait for them
     T2P_CHECK(attention.offsets[0] == 0 && attention.offsets[attention.s] == n, kOp,
               ": cu_seqlens must begin with 0 and end with ", n, ", got ", attention.offsets[0],
               " and ", attention.offsets[attention.s]);
@@ -112,15 +113,40 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
   return attention;
 }
 
+// Scratch memory for a GPU, allocated by the caller.
+float* workspace_of(const std::optional<TensorView>& tensor, const TensorView& q,
+                    std::int64_t needed) {
+  T2P_CHECK(needed == 0 || (tensor && tensor->count() >= needed), kOp, ": workspace must have ",
+            needed, " elements");
+  if (!tensor) return nullptr;
+  check_float32(kOp, "workspace", *tensor);
+  check_contiguous(kOp, "workspace", *tensor);
+  check_same_device(kOp, "workspace", *tensor, "q", q);
+  return tensor->data<float>();
+}
+
+std::int64_t workspace_size(const TensorView& q, const TensorView& k, const TensorView& v,
+                            const std::optional<TensorView>& offsets, bool causal, bool backward) {
+  const Attention attention =
+      attention_of(q, k, v, {}, offsets, {}, "identity", causal, true, 0, 1);
+  return backward ? backward_workspace(attention) : forward_workspace(attention);
+}
+
 void forward(const TensorView& q, const TensorView& k, const TensorView& v,
              const std::optional<TensorView>& mask, const std::optional<TensorView>& offsets,
              const std::optional<TensorView>& initial_state, const std::string& feature,
-             bool causal, bool normalize, double eps, double scale, const TensorView& out,
+             bool causal, bool normalize, double eps, double scale,
+             const std::optional<TensorView>& workspace, const TensorView& out,
              const std::optional<TensorView>& state, int threads) {
   const Attention attention =
       attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
   const Rows rows = rows_of("out", out, q, q.size(0), attention.h, attention.m, attention.e);
   float* last = floats("state", state, q, attention);
+  if (q.on_cuda()) {
+    forward_cuda(attention, q.device().id, current_stream(q),
+                 workspace_of(workspace, q, forward_workspace(attention)), rows, last);
+    return;
+  }
   py::gil_scoped_release nogil;
   forward_cpu(attention, threads, rows, last);
 }
@@ -128,7 +154,8 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
 void backward(const TensorView& q, const TensorView& k, const TensorView& v,
               const std::optional<TensorView>& mask, const std::optional<TensorView>& offsets,
               const std::optional<TensorView>& initial_state, const std::string& feature,
-              bool causal, bool normalize, double eps, double scale, const TensorView& grad_out,
+              bool causal, bool normalize, double eps, double scale,
+              const std::optional<TensorView>& workspace, const TensorView& grad_out,
               const std::optional<TensorView>& grad_state, const TensorView& grad_q,
               const TensorView& grad_k, const TensorView& grad_v,
               const std::optional<TensorView>& grad_initial_state, int threads) {
@@ -142,6 +169,11 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v,
       .k = rows_of("grad_k", grad_k, q, b, h, n, attention.d),
       .v = rows_of("grad_v", grad_v, q, b, h, n, attention.e),
       .initial_state = floats("grad_initial_state", grad_initial_state, q, attention)};
+  if (q.on_cuda()) {
+    backward_cuda(attention, q.device().id, current_stream(q),
+                  workspace_of(workspace, q, backward_workspace(attention)), gradients);
+    return;
+  }
   py::gil_scoped_release nogil;
   backward_cpu(attention, threads, gradients);
 }
@@ -149,17 +181,19 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v,
 }  // namespace
 
 void bind(py::module_& m) {
+  m.def("linear_attention_workspace_size", &workspace_size, py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("offsets").none(true), py::arg("causal"), py::arg("backward"));
   m.def("linear_attention", &forward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("mask").none(true), py::arg("offsets").none(true),
         py::arg("initial_state").none(true), py::arg("feature"), py::arg("causal"),
-        py::arg("normalize"), py::arg("eps"), py::arg("scale"), py::arg("out"),
-        py::arg("state").none(true), py::arg("threads"));
+        py::arg("normalize"), py::arg("eps"), py::arg("scale"), py::arg("workspace").none(true),
+        py::arg("out"), py::arg("state").none(true), py::arg("threads"));
   m.def("linear_attention_backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("mask").none(true), py::arg("offsets").none(true),
         py::arg("initial_state").none(true), py::arg("feature"), py::arg("causal"),
-        py::arg("normalize"), py::arg("eps"), py::arg("scale"), py::arg("grad_out"),
-        py::arg("grad_state").none(true), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"),
-        py::arg("grad_initial_state").none(true), py::arg("threads"));
+        py::arg("normalize"), py::arg("eps"), py::arg("scale"), py::arg("workspace").none(true),
+        py::arg("grad_out"), py::arg("grad_state").none(true), py::arg("grad_q"), py::arg("grad_k"),
+        py::arg("grad_v"), py::arg("grad_initial_state").none(true), py::arg("threads"));
 }
 
 }  // namespace t2p::linear_attention

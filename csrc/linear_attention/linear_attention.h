@@ -48,4 +48,14 @@ struct Gradients {
 
 void backward_cpu(const Attention& attention, int threads, const Gradients& gradients);
 
+// How many floats of scratch memory the passes on a GPU want; 8 bytes are alignment enough.
+std::int64_t forward_workspace(const Attention& attention);
+std::int64_t backward_workspace(const Attention& attention);
+
+// The same on a GPU, queued on a stream of `device`. Offsets are read there, and not checked.
+void forward_cuda(const Attention& attention, int device, void* stream, float* workspace,
+                  const Rows& out, float* state);
+void backward_cuda(const Attention& attention, int device, void* stream, float* workspace,
+                   const Gradients& gradients);
+
 }  // namespace t2p::linear_attention

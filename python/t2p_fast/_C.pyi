@@ -60,6 +60,9 @@ def vq_accumulate_sorted(
     x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
 ) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
+def linear_attention_workspace_size(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool, backward: bool
+) -> int: ...
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -72,6 +75,7 @@ def linear_attention(
     normalize: bool,
     eps: float,
     scale: float,
+    workspace: Tensor | None,
     out: Tensor,
     state: Tensor | None,
     threads: int,
@@ -88,6 +92,7 @@ def linear_attention_backward(
     normalize: bool,
     eps: float,
     scale: float,
+    workspace: Tensor | None,
     grad_out: Tensor,
     grad_state: Tensor | None,
     grad_q: Tensor,
@@ -189,6 +194,7 @@ def mrf_icm(
     labels: Tensor,
     threads: int,
 ) -> int: ...
+def group_norm_workspace_size(x: Tensor, groups: int, backward: bool) -> int: ...
 def group_norm(
     x: Tensor,
     groups: int,
@@ -199,6 +205,7 @@ def group_norm(
     shift: Tensor | None,
     eps: float,
     silu: bool,
+    workspace: Tensor | None,
     y: Tensor,
     statistics: Tensor,
     threads: int,
@@ -213,6 +220,7 @@ def group_norm_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    workspace: Tensor | None,
     grad_x: Tensor,
     sums: Tensor,
     threads: int,

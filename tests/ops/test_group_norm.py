@@ -13,10 +13,7 @@ from torch import Tensor
 from t2p_fast import reference
 from t2p_fast.ops import group_norm_silu
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_empty"),
-    pytest.mark.not_emulated(reason="there is no CUDA kernel"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Channels, groups and positions about the edges of vectors (4, 8, 16), tiles of channels (32),
@@ -140,6 +137,29 @@ def test_is_the_reference(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 4, 96, 96), torch.float32), ((1, 2, 192, 176), torch.float16)],
+    ids=str,
+)
+def test_group_larger_than_a_block(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device
+) -> None:
+    """Several blocks of a GPU share a group, forwards and backwards."""
+    tensors = _inputs(shape, dtype, 9, ("weight", "residual"), mean=2.0)
+    ours = {k: v.requires_grad_() for k, v in _moved(_laid_out(tensors, layout), device).items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
+    y, truth = _call(group_norm_silu, ours, 1), _truth(exact, 1)
+    _assert_close(y.detach(), truth.detach(), _allowance(tensors, 1).detach())
+    y.backward(torch.ones_like(y))
+    truth.backward(torch.ones_like(truth))
+    for name, limit in (("x", max(1e-5, 4 * UNIT[dtype])), ("weight", 1e-2)):
+        torch.testing.assert_close(
+            ours[name].grad.double().cpu(), exact[name].grad, rtol=limit, atol=limit, msg=name
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("mean", [1e4, -3e5])
 def test_mean_far_from_zero(mean: float, layout: str, device: torch.device) -> None:
     """The error is that of data about zero: x - mean is exact in float32."""
@@ -196,9 +216,9 @@ def test_large_inputs_of_silu(device: torch.device) -> None:
     assert (error <= 2e-7 * bias.abs().double()[None, :, None]).all()
 
 
-def test_empty() -> None:
+def test_empty(device: torch.device) -> None:
     for shape in ((0, 4, 3, 3), (2, 4, 0)):
-        x = torch.empty(shape, requires_grad=True)
+        x = torch.empty(shape, requires_grad=True, device=device)
         y = group_norm_silu(x, 2)
         assert y.shape == shape
         y.sum().backward()

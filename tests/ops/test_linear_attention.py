@@ -77,6 +77,7 @@ def _assert_close(
 def test_linear_attention_is_the_reference(
     b: int, h: int, m: int, n: int, d: int, e: int, feature: str, causal: bool, with_state: bool,
     masked: bool, scale: float, layout: str, dtype: torch.dtype, seed: int,
+    device: torch.device,
 ) -> None:  # fmt: skip
     if causal:
         m = n
@@ -92,11 +93,13 @@ def test_linear_attention_is_the_reference(
     )  # fmt: skip
     if layout == "bnhd":
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    options["key_mask"] = mask.to(device) if masked else None
     out, state = linear_attention(
-        q, k, v, initial_state=initial if with_state else None, return_state=True, layout=layout,
-        **options,
+        *(x.to(device) for x in (q, k, v)), return_state=True, layout=layout,
+        initial_state=initial.to(device) if with_state else None, **options,
     )  # fmt: skip
     assert out.is_contiguous()
+    out, state = out.cpu(), state.cpu()
     _assert_close(out.transpose(1, 2) if layout == "bnhd" else out, truth, dtype, n + d)
     _assert_close(state, state_truth, steps=n)
 
@@ -105,7 +108,7 @@ def test_linear_attention_is_the_reference(
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("shape", [(2, 3, 70, 32, 32), (1, 2, 1, 8, 13), (1, 1, 130, 72, 20)])
 def test_linear_attention_gradients(
-    causal: bool, feature: str, shape: tuple[int, int, int, int, int]
+    causal: bool, feature: str, shape: tuple[int, int, int, int, int], device: torch.device
 ) -> None:
     b, h, n, d, e = shape
     tensors = _case(b, h, n if causal else n + 9, n, d, e)
@@ -114,26 +117,32 @@ def test_linear_attention_gradients(
         "feature": feature, "causal": causal, "normalize": feature != "identity", "scale": 0.5,
         "key_mask": mask.expand(b, n), "eps": 1e-3,
     }  # fmt: skip
-    ours = [x.clone().requires_grad_() for x in tensors]
+    ours = [x.clone().to(device).requires_grad_() for x in tensors]
     exact = [x.double().requires_grad_() for x in tensors]
-    out, state = linear_attention(*ours[:3], initial_state=ours[3], return_state=True, **options)
+    moved = {**options, "key_mask": options["key_mask"].to(device)}
+    out, state = linear_attention(*ours[:3], initial_state=ours[3], return_state=True, **moved)
     truth, state_truth = reference.linear_attention(*exact[:3], initial_state=exact[3], **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator) for x in (out, state)]
-    found = torch.autograd.grad([out, state], ours, weights)
+    found = torch.autograd.grad([out, state], ours, [w.to(device) for w in weights])
     wanted = torch.autograd.grad([truth, state_truth], exact, [w.double() for w in weights])
+    found = [gradient.cpu() for gradient in found]
     for gradient, right in zip(found, wanted, strict=True):
         _assert_close(gradient, right, steps=4 * n)
     assert (found[1][:, :, ~mask] == 0).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention_split_sequence(causal: bool) -> None:
+def test_linear_attention_split_sequence(
+    causal: bool, device: torch.device, emulated: bool
+) -> None:
     """Long enough to be cut into parts; the bits do not depend on the threads."""
-    q, k, v, initial = _case(1, 2, 1300, 1300, 32, 24)
+    n = 300 if emulated else 1300
+    q, k, v, initial = _case(1, 2, n, n, 32, 24)
     truth, state_truth = reference.linear_attention(
         q.double(), k.double(), v.double(), causal=causal, initial_state=initial.double()
     )
+    q, k, v, initial = (x.to(device) for x in (q, k, v, initial))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -143,26 +152,68 @@ def test_linear_attention_split_sequence(causal: bool) -> None:
     finally:
         torch.set_num_threads(before)
     for out, state in results:
-        _assert_close(out, truth, steps=1300)
-        _assert_close(state, state_truth, steps=1300)
+        _assert_close(out.cpu(), truth, steps=n)
+        _assert_close(state.cpu(), state_truth, steps=n)
         assert torch.equal(out, results[0][0])
         assert torch.equal(state, results[0][1])
 
 
-def test_linear_attention_state_carries_on() -> None:
-    q, k, v, _ = _case(2, 2, 90, 90, 16, 16)
+@pytest.mark.parametrize(
+    ("d", "e", "feature", "normalize", "layout"),
+    [
+        (32, 32, "relu", True, "bhnd"),
+        (8, 24, "identity", False, "bnhd"),
+        (64, 40, "relu", True, "bnhd"),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_bfloat16_keeps_float32_states(
+    d: int, e: int, feature: str, normalize: bool, layout: str, causal: bool, device: torch.device
+) -> None:
+    """Also on tensor cores, for which a GPU splits the states."""
+    n = 70 if causal else 270
+    tensors = _case(2, 1, n if causal else 33, n, d, e, 7, torch.bfloat16)
+    mask = (torch.arange(n) % 5 != 2).repeat(2, 1)
+    options: dict[str, Any] = {
+        "feature": feature, "normalize": normalize, "eps": 0.1, "causal": causal,
+    }  # fmt: skip
+    exact = [x.double().requires_grad_() for x in tensors]
+    truth, state_truth = reference.linear_attention(
+        *exact[:3], initial_state=exact[3], key_mask=mask, **options
+    )
+    ours = [x.to(device).requires_grad_() for x in tensors]
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in ours[:3])
+    else:
+        q, k, v = ours[:3]
+    out, state = linear_attention(
+        q, k, v, initial_state=ours[3], key_mask=mask.to(device), return_state=True,
+        layout=layout, **options,
+    )  # fmt: skip
+    out = out.transpose(1, 2) if layout == "bnhd" else out
+    _assert_close(out.detach().cpu(), truth.detach(), torch.bfloat16, n + d)
+    _assert_close(state.detach().cpu(), state_truth.detach(), steps=n)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(out, ours, weight.to(device))
+    wanted = torch.autograd.grad(truth, exact, weight.double())
+    for gradient, right in zip(found, wanted, strict=True):
+        _assert_close(gradient.cpu(), right, gradient.dtype, steps=4 * n)
+
+
+def test_linear_attention_state_carries_on(device: torch.device) -> None:
+    q, k, v, _ = (x.to(device) for x in _case(2, 2, 90, 90, 16, 16))
     whole = linear_attention(q, k, v, causal=True)
     first, state = linear_attention(*(x[:, :, :37] for x in (q, k, v)), causal=True,
                                     return_state=True)  # fmt: skip
     second = linear_attention(*(x[:, :, 37:] for x in (q, k, v)), causal=True, initial_state=state)
-    _assert_close(torch.cat([first, second], 2), whole, steps=90)
+    _assert_close(torch.cat([first, second], 2).cpu(), whole.cpu(), steps=90)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention_packed_sequences(causal: bool) -> None:
+def test_linear_attention_packed_sequences(causal: bool, device: torch.device) -> None:
     lengths = [5, 0, 64, 1, 33]
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    q, k, v, _ = _case(1, 2, sum(lengths), sum(lengths), 16, 8)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    q, k, v, _ = (x.to(device) for x in _case(1, 2, sum(lengths), sum(lengths), 16, 8))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, state = linear_attention(q, k, v, causal=causal, cu_seqlens=offsets, return_state=True)
     alone = [
@@ -171,16 +222,16 @@ def test_linear_attention_packed_sequences(causal: bool) -> None:
     ]
     torch.testing.assert_close(out, torch.cat([o for o, _ in alone], 2))
     torch.testing.assert_close(state, torch.cat([s for _, s in alone]))
-    weight = torch.randn(out.shape)
+    weight = torch.randn(out.shape, device=device)
     found = torch.autograd.grad(out, leaves, weight, retain_graph=True)
     wanted = torch.autograd.grad(torch.cat([o for o, _ in alone], 2), leaves, weight)
     for gradient, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, right)
 
 
-def test_linear_attention_masked_keys_do_not_matter() -> None:
-    q, k, v, _ = _case(1, 2, 20, 20, 16, 16)
-    mask = torch.arange(20)[None] < 12
+def test_linear_attention_masked_keys_do_not_matter(device: torch.device) -> None:
+    q, k, v, _ = (x.to(device) for x in _case(1, 2, 20, 20, 16, 16))
+    mask = torch.arange(20, device=device)[None] < 12
     k[:, :, 12:], v[:, :, 12:] = torch.nan, torch.inf
     for causal in (False, True):
         found = linear_attention(q, k, v, key_mask=mask, causal=causal)
@@ -192,8 +243,8 @@ def test_linear_attention_masked_keys_do_not_matter() -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_linear_attention_keeps_nan() -> None:
-    q, k, v, _ = _case(1, 1, 4, 4, 8, 8)
+def test_linear_attention_keeps_nan(device: torch.device) -> None:
+    q, k, v, _ = (x.to(device) for x in _case(1, 1, 4, 4, 8, 8))
     for x in (q, k, v):
         changed = x.clone()
         changed[0, 0, 2, 3] = torch.nan
@@ -202,8 +253,8 @@ def test_linear_attention_keeps_nan() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention_opcheck(causal: bool) -> None:
-    q, k, v, initial = _case(1, 2, 9, 9, 8, 4)
+def test_linear_attention_opcheck(causal: bool, device: torch.device) -> None:
+    q, k, v, initial = (x.to(device) for x in _case(1, 2, 9, 9, 8, 4))
     for layout, return_state in (("bhnd", True), ("bnhd", False)):
         arguments = [x.clone().requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(

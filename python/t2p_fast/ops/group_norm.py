@@ -23,19 +23,21 @@ _kernel: Any = _C.group_norm
 _backward_kernel: Any = _C.group_norm_backward
 
 
-# The kernels, beside the same in PyTorch for float64 and for CUDA tensors -------------------------
+# The kernels, beside the same in PyTorch for float64 ----------------------------------------------
 
 
-def _in_torch(x: Tensor) -> bool:
-    return x.dtype == torch.float64 or x.is_cuda
+def _workspace(x: Tensor, groups: int, backward: bool) -> Tensor | None:
+    size = _C.group_norm_workspace_size(x, groups, backward) if x.is_cuda else 0
+    return x.new_empty(size, dtype=torch.float64) if size else None
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x = arguments[_X]
-    if _in_torch(x):
+    x, groups = arguments[:2]
+    if x.dtype == torch.float64:
         return _forward_in_torch(*arguments)
     y, statistics = _forward_fake(*arguments)
-    _kernel(*arguments, y, statistics, torch.get_num_threads())
+    workspace = _workspace(x, groups, False)
+    _kernel(*arguments, workspace, y, statistics, torch.get_num_threads())
     return y, statistics
 
 
@@ -44,12 +46,13 @@ def _forward_fake(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_inplace(*arguments: Any) -> None:
-    x = arguments[_X]
-    if _in_torch(x):
+    x, groups = arguments[:2]
+    if x.dtype == torch.float64:
         x.copy_(_forward_in_torch(*arguments)[0])
         return
-    statistics = x.new_empty((len(x), arguments[_GROUPS], 2), dtype=torch.float64)
-    _kernel(*arguments, x, statistics, torch.get_num_threads())
+    statistics = x.new_empty((len(x), groups, 2), dtype=torch.float64)
+    workspace = _workspace(x, groups, False)
+    _kernel(*arguments, workspace, x, statistics, torch.get_num_threads())
 
 
 def _forward_inplace_fake(*_: Any) -> None:
@@ -57,10 +60,11 @@ def _forward_inplace_fake(*_: Any) -> None:
 
 
 def _backward(grad: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if _in_torch(x):
+    if x.dtype == torch.float64:
         return _backward_in_torch(grad, x, statistics, *rest)
     grad_x, sums = _backward_fake(grad, x)
-    _backward_kernel(grad, x, statistics, *rest, grad_x, sums, torch.get_num_threads())
+    workspace = _workspace(x, rest[0], True)
+    _backward_kernel(grad, x, statistics, *rest, workspace, grad_x, sums, torch.get_num_threads())
     return grad_x, sums
 
 
@@ -233,9 +237,9 @@ def group_norm_silu(
     from blocks of at most 2048 elements, in an order that does not depend on the threads. They are
     taken about each block's own mean: the result errs by a few units of float32 in the normalised
     values also where the mean is 10^4 times the spread. Values whose squared deviations leave the
-    range of float32 (spread above 10^17) give NaN. Float64 tensors are computed in float64 by
-    PyTorch, and so, in float32, are CUDA tensors. Differentiable once in all tensors;
-    deterministic.
+    range of float32 (spread above 10^17) give NaN. On a GPU a group that fits into the registers
+    of a block is read once, else twice. Float64 tensors are computed in float64 by PyTorch.
+    Differentiable once in all tensors; deterministic.
 
     Args:
         x: `[b, c, ...]` in float32, bfloat16, float16 or float64; contiguous or with channels last,

@@ -38,6 +38,16 @@ def _options(
     )
 
 
+def _workspace(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, backward: bool
+) -> Tensor | None:
+    """Scratch memory that the kernels want on a GPU."""
+    if not q.is_cuda:
+        return None
+    size = _C.linear_attention_workspace_size(q, k, v, cu_seqlens, causal, backward)
+    return q.new_empty(size, dtype=torch.float32)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor,
     key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_state: Tensor | None,
@@ -48,9 +58,11 @@ def _attend(
         q, k, v, key_mask, cu_seqlens, initial_state, feature, causal, normalize, eps, scale,
         layout, return_state,
     )  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    options = _options(key_mask, cu_seqlens, initial_state)
     _C.linear_attention(
-        _rows(q), _rows(k), _rows(v), *_options(key_mask, cu_seqlens, initial_state), feature,
-        causal, normalize, eps, scale, out, state if return_state else None,
+        q, k, v, *options, feature, causal, normalize, eps, scale,
+        _workspace(q, k, v, options[1], causal, False), out, state if return_state else None,
         torch.get_num_threads(),
     )  # fmt: skip
     return out, state
@@ -93,9 +105,11 @@ def _backward(
         grad_out, grad_state,
     )  # fmt: skip
     grad_q, grad_k, grad_v, grad_initial = results
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    options = _options(key_mask, cu_seqlens, initial_state)
     _C.linear_attention_backward(
-        _rows(q), _rows(k), _rows(v), *_options(key_mask, cu_seqlens, initial_state), feature,
-        causal, normalize, eps, scale, _rows(grad_out),
+        q, k, v, *options, feature, causal, normalize, eps, scale,
+        _workspace(q, k, v, options[1], causal, True), _rows(grad_out),
         None if grad_state is None else grad_state.contiguous(), grad_q, grad_k, grad_v,
         None if initial_state is None else grad_initial, torch.get_num_threads(),
     )  # fmt: skip
@@ -227,7 +241,8 @@ def linear_attention(
     ``S = S_0 + sum_j phi(k_j) v_j^T``, ``z = z_0 + sum_j phi(k_j)``,
     ``o_i = scale phi(q_i)^T S / (scale phi(q_i)^T z + eps)``, with the sums over all keys or, if
     causal, over those up to ``i``. Differentiable once in `q`, `k`, `v` and `initial_state`. Sums
-    are in float32, in an order that does not depend on the number of threads.
+    are in float32, in an order that depends on the shapes alone. On a GPU the states of parts of
+    the keys are kept meanwhile, if causal of every 64.
 
     Args:
         q: ``[b, h, m, d]``, or ``[b, m, h, d]`` with `layout` "bnhd"; float32, bfloat16 or float16.
@@ -235,13 +250,14 @@ def linear_attention(
         v: ``[b, h, n, e]``, of the dtype of `q`; `d` and `e` are at most 256.
         feature: phi: "relu" (SANA, EfficientViT), "elu+1" (Katharopoulos et al.) or "identity".
         causal: Whether a query sees only the keys up to its own place; then `m` must be `n`. A NaN
-            or infinity may reach up to 31 places before its own.
+            or infinity may reach up to 31 places before its own, on a GPU 63.
         normalize: Whether to divide; else `o_i` is the numerator.
         eps: Added to the denominator.
         scale: Of the queries, after phi.
         key_mask: ``[b, n]`` bool, false where a key is left out.
         cu_seqlens: ``[s + 1]`` int64, where sequences begin that lie one after another in a batch
-            of 1, first 0 and last `n`; then `m` must be `n`.
+            of 1, first 0 and last `n`; then `m` must be `n`. On a GPU, where it would have to wait
+            for them, values are not checked: others leave results undefined.
         initial_state: ``[s, h, d, e + 1]`` float32 (`s` is `b` without `cu_seqlens`): S and, in the
             last column, z, of the keys that came before.
         return_state: Whether to return the state after all keys too.
