@@ -156,3 +156,160 @@ def test_signatures() -> None:
             for kind in (VectorQuantize, theirs.VectorQuantize)
         )
         assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in other]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channel_last": False},
+        {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
+        {"kmeans_init": True},
+        {"learnable_codebook": True, "ema_update": False},
+    ],
+    ids=str,
+)
+def test_masks(options: dict[str, Any], zeros: bool) -> None:
+    ours, other = pair({**options, "return_zeros_for_masked_padding": zeros})
+    x = torch.randn(3, 20, 8)
+    x = x if options.get("channel_last", True) else x.mT.contiguous()
+    mask = torch.rand(3, 20) < 0.7
+    for _ in range(2):
+        found = run(ours, x, mask=mask)
+        check(found, run(other, x, mask=mask))
+    assert torch.equal(found["indices"] == -1, ~mask)
+    if options.get("channel_last", True):  # there, the length is always that of dimension 1
+        lens = torch.tensor([4, 20, 0])
+        check(run(ours, x, lens=lens), run(other, x, lens=lens))
+    ours.eval(), other.eval()
+    check(run(ours, x, mask=mask), run(other, x, mask=mask))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_masks_with_heads(own: bool) -> None:
+    """The same as without a mask on what the mask keeps; vector-quantize-pytorch fails here."""
+    options = {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": own,
+               "threshold_ema_dead_code": 2, "kmeans_init": True}  # fmt: skip
+    masked, plain = pair(options)[0], pair(options)[0]
+    x, mask = torch.randn(1, 20, 8), torch.rand(1, 20) < 0.7
+    first, second = run(masked, x, mask=mask), run(plain, x[mask][None])
+    for name in ("loss", "_codebook.embed", "_codebook.cluster_size", "_codebook.embed_avg"):
+        torch.testing.assert_close(first[name], second[name])
+    assert torch.equal(first["indices"][mask], second["indices"][0])
+    assert (first["indices"][~mask] == -1).all()
+    assert torch.equal(first["quantized"][mask], second["quantized"][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    ours, other = pair({"rotation_trick": False})
+    x = torch.randn(SEQUENCE).to(dtype)
+    found, expected = run(ours, x), run(other, x)
+    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
+    check(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_state_dicts_go_either_way() -> None:
+    options = {"heads": 2, "kmeans_init": True, "layernorm_after_project_in": True}
+    x = torch.randn(SEQUENCE)
+    for source, target in (pair(options), reversed(pair(options))):
+        source(x)
+        assert list(source.state_dict()) == list(target.state_dict())
+        target.load_state_dict(source.state_dict(), strict=True)
+        check(run(source, x), run(target, x))
+
+
+@pytest.mark.parametrize("case", ["plain", "heads", "heads, own codebooks"])
+def test_update_indices(case: str) -> None:
+    options, shape = CASES[case]
+    ours, other = pair({**options, "threshold_ema_dead_code": 1})
+    x = torch.randn(shape)
+    indices = ours.eval()(x)[1].roll(1, 0)
+    indices.view(-1)[:2] = -1
+    for quantizer in (ours.train(), other):
+        torch.manual_seed(1)
+        quantizer.update_indices(x, indices)
+    check(ours.state_dict(), other.state_dict())
+
+
+def test_update_options() -> None:
+    ours, other = pair({"threshold_ema_dead_code": 1.5})
+    x = torch.randn(SEQUENCE)
+    weight = torch.rand(12)
+    for options in (
+        {"ema_update_weight": weight},
+        {"ema_update_weight": lambda _, counts: counts / (1 + counts.amax())},
+        {"ema_update_weight": 0.5},
+        {"accum_ema_update": True},
+        {"accum_ema_update": True},
+        {},
+        {"ema_update": False},
+        {"freeze_codebook": True},
+    ):
+        check(run(ours, x, **options), run(other, x, **options))
+    for quantizer in (ours, other):
+        torch.manual_seed(1)
+        quantizer._codebook.cluster_size.fill_(0)
+        quantizer.expire_codes_(x[:1])
+        quantizer.codebook = quantizer.codebook + 1
+    check(ours.state_dict(), other.state_dict())
+
+
+def test_outputs_of_projected_images() -> None:
+    quantizer = VectorQuantize(8, 12, codebook_dim=3, heads=2, accept_image_fmap=True).eval()
+    quantized, indices, _ = quantizer(torch.randn(2, 8, 5, 6))
+    torch.testing.assert_close(quantizer.get_output_from_indices(indices), quantized)
+
+
+def test_codes_are_returned_to_the_bit_and_nearest_far_from_the_origin() -> None:
+    quantizer = VectorQuantize(8, 64)
+    quantizer.codebook = torch.randn(64, 8) + 3000
+    x = (torch.randn(1, 500, 8) + 3000).requires_grad_()
+    codes = quantizer.codebook.clone()
+    quantized, indices, _ = quantizer(x)
+    assert torch.equal(quantized, codes[indices])
+    distance = torch.cdist(x.detach().double(), codes.double())
+    torch.testing.assert_close(
+        distance.gather(2, indices[..., None])[..., 0], distance.amin(2), rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["affine_param", "sync_affine_param", "codebook_diversity_loss_weight",
+     "commitment_use_cross_entropy_loss", "stochastic_sample_codes"],
+)  # fmt: skip
+def test_options_that_are_not_carried_out(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"VectorQuantize: {name} is not carried out"):
+        VectorQuantize(8, 12, **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"straight_through": True}, "at most one of straight_through, rotation_trick"),
+        ({"learnable_codebook": True}, "ema_update=False with learnable_codebook"),
+        ({"sync_update_v": 2.0}, "0 <= sync_update_v <= 1, got 2.0"),
+    ],
+)
+def test_options_that_exclude_each_other(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        VectorQuantize(8, 12, **options)
+    with pytest.raises(AssertionError):
+        theirs.VectorQuantize(8, 12, **options)
+
+
+def test_errors_of_forward() -> None:
+    quantizer, x = VectorQuantize(8, 12), torch.randn(SEQUENCE)
+    for name in ("indices", "topk", "codebook_transform_fn"):
+        with pytest.raises(NotImplementedError, match=f"{name} is not carried out"):
+            quantizer(x, **{name: 1})
+    with pytest.raises(ValueError, match=r"mask is \[3, 8\], expected \[3, 20\]"):
+        quantizer(x, mask=torch.ones(3, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"x is \[2, 8\], expected \[b, n, d\]"):
+        quantizer(x[:2, 0], mask=torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask or lens, got both"):
+        quantizer(x, mask=torch.ones(3, 20, dtype=torch.bool), lens=torch.ones(3))
+    with pytest.raises(ValueError, match=r"x is \[3, 20, 5\], expected 8 channels"):
+        quantizer(x[..., :5])

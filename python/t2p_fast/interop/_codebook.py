@@ -238,7 +238,8 @@ def _lerp(average: Tensor, new: Tensor, share: float, weight: Tensor | float | N
         wanted = average.shape[:2]
         if weight.shape not in (wanted, wanted[1:]):
             raise ValueError(
-                f"VectorQuantize: ema_update_weight is {list(weight.shape)}, expected {list(wanted)}"
+                f"VectorQuantize: ema_update_weight is {list(weight.shape)}, expected "
+                f"{list(wanted)}"
             )
         weight = weight.expand(wanted).reshape(*wanted, *(1 for _ in average.shape[2:]))
         average.data.lerp_(new, share * weight.to(new))

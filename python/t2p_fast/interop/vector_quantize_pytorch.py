@@ -74,7 +74,8 @@ class VectorQuantize(nn.Module):
         manual_ema_update: whether the caller moves the codes, by `_codebook.update_ema()`.
         learnable_codebook: whether codes have a gradient.
         in_place_codebook_optimizer: makes an optimiser for parameters; it takes a step on the codes
-            in every forward, or by `update_in_place_optimizer` (`manual_in_place_optimizer_update`).
+            in every forward, or only when `update_in_place_optimizer` is called
+            (`manual_in_place_optimizer_update`).
         sync_update_v: how much stronger the gradient passes.
         return_zeros_for_masked_padding: whether masked positions are 0, or the input.
         route_gradients_to_input: whether the gradient passes the codes at all.
@@ -248,8 +249,8 @@ class VectorQuantize(nn.Module):
         codes = self._codes(indices)
         if self.heads > 1 and not self.separate_codebook_per_head:
             codes = codes.flatten(-2)
-        codes = self.project_out(codes)
-        return codes.movedim(-1, 1) if self._channels_first else codes
+        output: Tensor = self.project_out(codes)
+        return output.movedim(-1, 1) if self._channels_first else output
 
     def _codes(self, indices: Tensor) -> Tensor:
         if not self.separate_codebook_per_head:
@@ -270,7 +271,10 @@ class VectorQuantize(nn.Module):
         self.in_place_codebook_optimizer.zero_grad()
 
     def expire_codes_(self, x: Tensor) -> None:
-        """In training, gives dead codes new places among ``[b, n, d]``, which is not projected."""
+        """In training, gives dead codes new places among ``[b, n, d]``, which is not projected.
+
+        All of the batch is drawn from; vector-quantize-pytorch draws from its first sequence.
+        """
         if self.training and self._codebook.threshold_ema_dead_code > 0:
             self._codebook.expire_codes_(*self._split(x, x.ndim - 1))
 
@@ -344,6 +348,11 @@ class VectorQuantize(nn.Module):
         )
         freeze = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         dim = self._channel_dim(x)
+        if x.ndim < 2 or x.shape[dim] != self.dim:
+            raise ValueError(
+                f"VectorQuantize: x is {list(x.shape)}, expected {self.dim} channels in dimension "
+                f"{dim}"
+            )
         given, needs_gradient = x, x.requires_grad
         mask = self._mask(x, dim, mask, lens)
         if mask is not None:
@@ -365,7 +374,7 @@ class VectorQuantize(nn.Module):
         in_place_loss = zero
         if self.in_place_codebook_optimizer is not None and self.training and not freeze:
             in_place_loss = _squares(quantized, z.detach(), mask)
-            in_place_loss.backward()  # type: ignore[no-untyped-call]
+            in_place_loss.backward()
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
             quantized, chosen = self._codebook(z, dim)
@@ -403,9 +412,7 @@ class VectorQuantize(nn.Module):
             return quantized, chosen, loss
         return quantized, chosen, loss, LossBreakdown(commitment, zero, orthogonal, in_place_loss)
 
-    def _mask(
-        self, x: Tensor, dim: int, mask: Tensor | None, lens: Tensor | None
-    ) -> Tensor | None:
+    def _mask(self, x: Tensor, dim: int, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
         if mask is None and lens is None:
             return None
         if mask is not None and lens is not None:
@@ -447,8 +454,8 @@ class VectorQuantize(nn.Module):
         codes = unit(codes)
         groups, count, _ = codes.shape
         # |C C^T|^2 = |C^T C|^2, and d < k.
-        squares = (codes.mT @ codes).square().sum()
-        return squares / (groups * count**2) - 1 / count
+        mean: Tensor = (codes.mT @ codes).square().sum() / (groups * count**2)
+        return mean - 1 / count
 
 
 def _squares(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
