@@ -2,11 +2,15 @@
 """Our VectorQuantize beside that of vector-quantize-pytorch: same arguments, results and states."""
 
 import inspect
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2p_fast.interop.vector_quantize_pytorch import VectorQuantize
@@ -313,3 +317,46 @@ def test_errors_of_forward() -> None:
         quantizer(x, mask=torch.ones(3, 20, dtype=torch.bool), lens=torch.ones(3))
     with pytest.raises(ValueError, match=r"x is \[3, 20, 5\], expected 8 channels"):
         quantizer(x[..., :5])
+
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from t2p_fast.interop.vector_quantize_pytorch import VectorQuantize
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+averaged = VectorQuantize(8, 12)
+revived = VectorQuantize(8, 40, threshold_ema_dead_code=1, kmeans_init=True)  # draws nothing yet
+batches = torch.randn(3, 2, 1, 20, 8)
+torch.manual_seed(rank)
+for batch in batches:
+    averaged(batch[rank])
+    revived(batch[rank])
+torch.save([averaged.state_dict(), revived.state_dict()], f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+def test_processes_keep_the_same_codes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    runs = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in runs:
+        _, messages = process.communicate(timeout=300)
+        assert process.returncode == 0, messages
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for mine, other in zip(first, second, strict=True):
+        for name in mine:
+            assert torch.equal(mine[name], other[name]), name
+    torch.manual_seed(0)
+    alone = VectorQuantize(8, 12)
+    for batch in torch.randn(3, 2, 1, 20, 8):
+        alone(batch)
+    check(first[0], alone.state_dict())

@@ -436,7 +436,7 @@ class VectorQuantize(nn.Module):
             towards = (quantized - z).movedim(dim, -1)
             noise = torch.randn(towards.shape, dtype=towards.dtype, device=towards.device)
             noisy = towards + math.sqrt(self.directional_reparam_variance) * noise
-            moved = unit(noisy).detach() * towards.norm(dim=-1, keepdim=True)
+            moved: Tensor = unit(noisy).detach() * towards.norm(dim=-1, keepdim=True)
             return z + moved.movedim(-1, dim)
         return quantized.detach() + (z - z.detach())
 
@@ -454,8 +454,7 @@ class VectorQuantize(nn.Module):
         codes = unit(codes)
         groups, count, _ = codes.shape
         # |C C^T|^2 = |C^T C|^2, and d < k.
-        mean: Tensor = (codes.mT @ codes).square().sum() / (groups * count**2)
-        return mean - 1 / count
+        return (codes.mT @ codes).square().sum() / (groups * count**2) - 1 / count
 
 
 def _squares(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
