@@ -341,6 +341,12 @@ KINDS = {
 }
 
 
+def kind_of(name: str) -> str:
+    """The kind of layer that an op of torch, or of ours, belongs to."""
+    lower = name.lower()
+    return next((k for k, words in KINDS.items() if any(w in lower for w in words)), "other")
+
+
 def _shares(call: Callable[[], Tensor]) -> dict[str, float]:
     """Of the time of a call, the share of each kind of layer."""
     call()
@@ -348,8 +354,7 @@ def _shares(call: Callable[[], Tensor]) -> dict[str, float]:
         call()
     spent: dict[str, float] = {}
     for event in profiler.key_averages():
-        name = event.key.lower()
-        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
+        kind = kind_of(event.key)
         spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total
     total = sum(spent.values())
     return {kind: time / total for kind, time in spent.items()}

@@ -589,8 +589,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=options.out,
             plot=not options.no_plot,
         )
-    except SystemExit:  # argparse has printed the help
-        return 0
+    except SystemExit as done:  # argparse has printed the help, or what is wrong
+        return int(done.code or 0)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
