@@ -75,7 +75,7 @@ def test_command(
     assert environments[0]["OMP_NUM_THREADS"] == "1"
     printed = capsys.readouterr().out
     for words in ("ddpm: tiny, float32, 1 thread", "scheduler: DDPMScheduler ->", "tuned",
-                  "(with group_norm)", "where the time goes", "convolution"):  # fmt: skip
+                  "(with group_norm)", "share of the time in torch", "convolution"):  # fmt: skip
         assert words in printed
     with (tmp_path / "drop-in-cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
