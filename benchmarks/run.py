@@ -32,7 +32,16 @@ from . import report
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Workload, load, ops
 from .report import Row
 
-__all__ = ["Report", "Settings", "main", "measure", "median_ms", "run_benchmarks"]
+__all__ = [
+    "Report",
+    "Settings",
+    "alternate_ms",
+    "environment_of",
+    "main",
+    "measure",
+    "median_ms",
+    "run_benchmarks",
+]
 
 # glibc hands large temporaries back to the kernel at once and pays for fresh pages at every call.
 # Eager torch suffers most from that, so claims are made against a malloc that keeps them.
@@ -427,13 +436,19 @@ def _check_choices(
                 raise ValueError(f"{option}: {word!r} is in none of {', '.join(names)}")
 
 
+def environment_of(malloc: str, threads: int) -> dict[str, str]:
+    """This process's environment for one that starts with a malloc of `MALLOC` and threads."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment |= MALLOC[malloc]
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(threads)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return environment
+
+
 def _measure_elsewhere(op: str, settings: Settings) -> tuple[list[Row], str]:
     """`measure` in a process that starts with the malloc and the threads wanted."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment |= MALLOC[settings.malloc]
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        environment[name] = str(settings.threads)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment = environment_of(settings.malloc, settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         order, answer = Path(folder, "order.json"), Path(folder, "answer.json")
         fields = dataclasses.asdict(settings) | {"flags": sorted(settings.flags)}
@@ -532,6 +547,21 @@ def median_ms(call: Callable[[], object]) -> float:
     return 1000 * median(samples)
 
 
+def alternate_ms(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, float]]:
+    """Of calls that take turns: the median by the wall clock, and the least processor time.
+
+    A round before the first does not count.
+    """
+    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for turn in range(rounds):
+        order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
+        for i in order:
+            samples[i].append(_time(calls[i], 1, "cpu"))
+    return [(1e3 * median(w for w, _ in part), 1e3 * min(c for _, c in part)) for part in samples]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``t2p-fast bench``: 0 if all is well, 1 if the op fails its gate, 2 for a mistake."""
     argv = sys.argv[1:] if argv is None else argv
@@ -543,6 +573,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .markovgen import main as compare_pipelines
 
             return compare_pipelines(argv[1:])
+        if argv and argv[0] == "drop-in":
+            from .drop_in import main as compare_drop_in
+
+            return compare_drop_in(argv[1:])
         options = _parser().parse_args(argv)
         result = run_benchmarks(
             options.op,
@@ -555,8 +589,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=options.out,
             plot=not options.no_plot,
         )
-    except SystemExit:  # argparse has printed the help
-        return 0
+    except SystemExit as done:  # argparse has printed the help, or what is wrong
+        return int(done.code or 0)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
