@@ -201,6 +201,11 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 #endif
 #if defined(__AVX512BF16__)
+T2P_INLINE void store_bf16(std::uint16_t* p, F32 a) {
+  __m256i words;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
 T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
   const __m512i both = _mm512_inserti64x4(
       _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),

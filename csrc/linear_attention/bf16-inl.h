@@ -14,7 +14,7 @@
 namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kPairs = 64;  // of rows taken at a time
+constexpr std::int64_t kPairs = 16;  // of rows taken at a time
 
 // Two rows as pairs of words in `padded(channels)` lanes.
 template <bool relu>

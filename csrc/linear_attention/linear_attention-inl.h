@@ -12,6 +12,8 @@
 namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
 namespace {
 
+constexpr std::int64_t kKeys = 16;  // taken at a time
+
 void accumulate(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
                 float* scratch, float* state) {
 #if defined(__AVX512BF16__)
@@ -20,17 +22,17 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
   }
 #endif
   const std::int64_t dp = head.dp, ep = head.ep;
-  float *keys = scratch, *copied = keys + kRows * dp, *z = state + dp * ep;
+  float *keys = scratch, *copied = keys + kKeys * dp, *z = state + dp * ep;
   const std::uint8_t* mask = mask_of(attention, head);
   const Read read_keys = reader(attention.k.format, attention.feature);
   const Read read_values = reader(attention.v.format, Feature::kIdentity);
   // Values that already are what a copy of them would be are taken from where they lie.
   const bool in_place = attention.v.format == Format::kF32 && !mask && attention.e == ep &&
                         attention.v.row == ep;
-  const std::int64_t ahead_k = ahead(attention.k, attention.d, kRows);
-  const std::int64_t ahead_v = ahead(attention.v, attention.e, kRows);
-  for (std::int64_t row = begin; row < end; row += kRows) {
-    const std::int64_t count = end - row < kRows ? end - row : kRows;
+  const std::int64_t ahead_k = ahead(attention.k, attention.d, kKeys);
+  const std::int64_t ahead_v = ahead(attention.v, attention.e, kKeys);
+  for (std::int64_t row = begin; row < end; row += kKeys) {
+    const std::int64_t count = end - row < kKeys ? end - row : kKeys;
     read_keys(attention.k, head, row, count, count, attention.d, mask, ahead_k, keys);
     const float* values = copied;
     if (in_place) {
@@ -53,10 +55,9 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
 }
 
 // What a numerator is multiplied by.
-T2P_INLINE float factor(const Attention& attention, const float* query, const float* z,
-                        std::int64_t dp) {
+T2P_INLINE float factor(const Attention& attention, float denominator) {
   if (!attention.normalize) return attention.scale;
-  return attention.scale / (attention.scale * dot(query, z, dp) + attention.eps);
+  return attention.scale / (attention.scale * denominator + attention.eps);
 }
 
 // The outputs of a tile of queries in scratch: `vectors` of their channels from `column` on.
@@ -94,8 +95,9 @@ void apply_format(const Attention& attention, const Head& head, std::int64_t beg
     read(attention.q, head, row, count, kTileRows, attention.d, nullptr, ahead_q, queries);
     float factors[kTileRows];
     for (std::int64_t i = 0; i < kTileRows; ++i) {
-      factors[i] = factor(attention, queries + i * dp, state + dp * ep, dp);
+      factors[i] = attention.normalize ? dot(queries + i * dp, state + dp * ep, dp) : 0.0f;
     }
+    for (float& by : factors) by = factor(attention, by);
     const std::int64_t at = place(out, head, row);
     // Else every first write to a line would wait for it.
     for (std::int64_t i = kTileRows; i < 2 * kTileRows; ++i) {
@@ -142,7 +144,7 @@ void scan(const Attention& attention, const Head& head, std::int64_t begin, std:
     multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
     for (std::int64_t i = 0; i < count; ++i) {
       add_scaled(1.0f, keys + i * dp, dp, z);
-      const float by = factor(attention, queries + i * dp, z, dp);
+      const float by = factor(attention, dot(queries + i * dp, z, dp));
       write_row(out, head, row + i, attention.e, by, outputs + i * ep);
     }
   }

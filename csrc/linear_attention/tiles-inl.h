@@ -148,6 +148,9 @@ T2P_INLINE void write_vector(void* data, std::int64_t at, std::int64_t count, F3
   }
   std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
   if (count >= kLanes) {
+#if defined(__AVX512BF16__)
+    if constexpr (format == Format::kBf16) return store_bf16(to, a);
+#endif
     if constexpr (format == Format::kBf16) return store_high_words(to, rounded_to_bf16(a));
     return store_f16(to, a);
   }
