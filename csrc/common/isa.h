@@ -50,7 +50,7 @@ Isa chosen_isa();
    : ::t2p::chosen_isa() == ::t2p::Isa::kAvx512   ? avx512::name      \
    : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2     ? avx2::name        \
                                                   : scalar::name)
-#define T2P_DISPATCH_BF16(name)                                       \
+#define T2P_DISPATCH_BF16(name) \
   (::t2p::chosen_isa() == ::t2p::Isa::kAvx512Bf16 ? avx512_bf16::name : T2P_DISPATCH(name))
 #else
 #define T2P_DISPATCH(name) ((void)::t2p::chosen_isa(), scalar::name)

@@ -20,9 +20,9 @@
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
-// With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's lowest,
-// dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and relu_bf16 takes
-// the maximum with 0, or the NaN.
+// With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's
+// lowest, dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and
+// relu_bf16 takes the maximum with 0, or the NaN.
 //
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to

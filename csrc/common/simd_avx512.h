@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector type of simd.h in AVX-512, with or without VNNI and BF16. Included by simd.h, which says what
-// everything means.
+// The vector type of simd.h in AVX-512, with or without VNNI and BF16. Included by simd.h, which
+// says what everything means.
 #pragma once
 
 #include <immintrin.h>
@@ -48,7 +48,8 @@ T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
 }
 T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
@@ -211,8 +212,8 @@ T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
       _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
   const __m512i lanes = lane_numbers().v;
-  const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(
-      _mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  const __m512i order =
+      _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
   return {_mm512_permutexvar_epi16(order, both)};
 }
 T2P_INLINE I32 relu_bf16(I32 a) {

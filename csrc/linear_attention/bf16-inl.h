@@ -102,8 +102,7 @@ void accumulate_bf16(const Attention& attention, const Head& head, std::int64_t 
   auto* keys = reinterpret_cast<std::int32_t*>(scratch);
   std::int32_t* values = keys + kPairs * dp;
   const std::uint8_t* mask = mask_of(attention, head);
-  const auto read_keys =
-      attention.feature == Feature::kRelu ? read_pairs<true> : read_pairs<false>;
+  const auto read_keys = attention.feature == Feature::kRelu ? read_pairs<true> : read_pairs<false>;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, 2 * kPairs);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, 2 * kPairs);
   for (std::int64_t row = begin; row < end; row += 2 * kPairs) {

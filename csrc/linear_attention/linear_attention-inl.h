@@ -27,8 +27,8 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
   const Read read_keys = reader(attention.k.format, attention.feature);
   const Read read_values = reader(attention.v.format, Feature::kIdentity);
   // Values that already are what a copy of them would be are taken from where they lie.
-  const bool in_place = attention.v.format == Format::kF32 && !mask && attention.e == ep &&
-                        attention.v.row == ep;
+  const bool in_place =
+      attention.v.format == Format::kF32 && !mask && attention.e == ep && attention.v.row == ep;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, kKeys);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, kKeys);
   for (std::int64_t row = begin; row < end; row += kKeys) {
@@ -38,8 +38,7 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
     if (in_place) {
       values = static_cast<const float*>(attention.v.data) + place(attention.v, head, row);
     } else {
-      read_values(attention.v, head, row, count, count, attention.e, mask, ahead_v,
-                  copied);
+      read_values(attention.v, head, row, count, count, attention.e, mask, ahead_v, copied);
     }
     sum_rows(keys, nullptr, count, dp, z);
     for (std::int64_t i = 0; i < dp; i += kTileRows) {

@@ -101,8 +101,8 @@ void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_
 }
 
 // Reads phi of the rows [begin, begin + count) into `height` rows of padded(channels) floats; the
-// rest, and rows that the mask leaves out, are zeros. The rows `ahead` further on, if it is not 0, are
-// asked for: the memory is read while this tile is computed with.
+// rest, and rows that the mask leaves out, are zeros. The rows `ahead` further on, if it is not 0,
+// are asked for: the memory is read while this tile is computed with.
 using Read = void (*)(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
                       std::int64_t height, std::int64_t channels, const std::uint8_t* mask,
                       std::int64_t ahead, float* to);
