@@ -27,6 +27,7 @@ Isa detect() {
   constexpr std::uint32_t kAvx2 = 1u << 5;                                         // leaf 7, ebx
   constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;     // F, DQ, BW, VL
   constexpr std::uint32_t kVnni = 1u << 11;                                        // leaf 7, ecx
+  constexpr std::uint32_t kBf16 = 1u << 5;                                         // leaf 7.1, eax
   constexpr std::uint64_t kYmmSaved = 0x6, kZmmSaved = 0xe6;
 
   std::uint32_t eax, ebx, ecx, edx;
@@ -36,7 +37,9 @@ Isa detect() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
   if ((saved & kYmmSaved) != kYmmSaved || !(ebx & kAvx2)) return Isa::kScalar;
   if ((saved & kZmmSaved) != kZmmSaved || (ebx & kAvx512) != kAvx512) return Isa::kAvx2;
-  return ecx & kVnni ? Isa::kAvx512Vnni : Isa::kAvx512;
+  if (!(ecx & kVnni)) return Isa::kAvx512;
+  const bool bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBf16);
+  return bf16 ? Isa::kAvx512Bf16 : Isa::kAvx512Vnni;
 }
 #else
 Isa detect() { return Isa::kScalar; }
@@ -45,13 +48,14 @@ Isa detect() { return Isa::kScalar; }
 Isa choose() {
   const char* wanted = std::getenv("T2P_ISA");
   if (wanted == nullptr || *wanted == '\0') return best_isa();
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
     if (std::string_view(wanted) != isa_name(isa)) continue;
     T2P_CHECK(isa <= best_isa(), "T2P_ISA=", wanted, " but this machine supports at most ",
               isa_name(best_isa()));
     return isa;
   }
-  T2P_CHECK(false, "T2P_ISA=", wanted, " is not one of scalar, avx2, avx512, avx512_vnni");
+  T2P_CHECK(false, "T2P_ISA=", wanted,
+            " is not one of scalar, avx2, avx512, avx512_vnni, avx512_bf16");
   return Isa::kScalar;
 }
 
@@ -59,6 +63,8 @@ Isa choose() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512Vnni:
       return "avx512_vnni";
     case Isa::kAvx512:

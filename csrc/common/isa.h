@@ -6,7 +6,9 @@
 // no function template of the standard library that could be emitted out of line.
 #pragma once
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__)
+#define T2P_ISA_NAMESPACE avx512_bf16
+#elif defined(__AVX512VNNI__)
 #define T2P_ISA_NAMESPACE avx512_vnni
 #elif defined(__AVX512F__)
 #define T2P_ISA_NAMESPACE avx512
@@ -26,7 +28,7 @@
 
 namespace t2p {
 
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
 
 const char* isa_name(Isa isa);
 
@@ -39,14 +41,18 @@ Isa chosen_isa();
 
 }  // namespace t2p
 
-// The one dispatch helper. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels,
-// avx512::kKernels or avx512_vnni::kKernels of the enclosing namespace.
+// The dispatch helpers. `T2P_DISPATCH(kKernels)` is scalar::kKernels, avx2::kKernels,
+// avx512::kKernels or avx512_vnni::kKernels of the enclosing namespace; with T2P_DISPATCH_BF16, for
+// an op that has it, also avx512_bf16::kKernels.
 #if T2P_X86
 #define T2P_DISPATCH(name)                                            \
-  (::t2p::chosen_isa() == ::t2p::Isa::kAvx512Vnni ? avx512_vnni::name \
+  (::t2p::chosen_isa() >= ::t2p::Isa::kAvx512Vnni ? avx512_vnni::name \
    : ::t2p::chosen_isa() == ::t2p::Isa::kAvx512   ? avx512::name      \
    : ::t2p::chosen_isa() == ::t2p::Isa::kAvx2     ? avx2::name        \
                                                   : scalar::name)
+#define T2P_DISPATCH_BF16(name) \
+  (::t2p::chosen_isa() == ::t2p::Isa::kAvx512Bf16 ? avx512_bf16::name : T2P_DISPATCH(name))
 #else
 #define T2P_DISPATCH(name) ((void)::t2p::chosen_isa(), scalar::name)
+#define T2P_DISPATCH_BF16(name) T2P_DISPATCH(name)
 #endif

@@ -7,7 +7,7 @@
 // vector and lane: together they transpose a matrix of kLanes rows four columns at a time.
 //
 // load_bf16 and load_f16 read a vector's elements in those formats, and are exact;
-// store_high_words writes the upper half of every lane.
+// store_high_words writes the upper half of every lane, store_f16 rounds to nearest even.
 //
 // reduce_add_each reduces as many vectors of doubles as one has lanes, each in the order of
 // reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
@@ -19,6 +19,10 @@
 // 16-bit numbers in it, dot_bytes the four products of its unsigned bytes `a` and signed bytes `b`.
 // AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
 // up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
+//
+// With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's
+// lowest, dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and
+// relu_bf16 takes the maximum with 0, or the NaN.
 //
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to

@@ -52,6 +52,9 @@ T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
       _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
+T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 T2P_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector type of simd.h in AVX-512, with or without VNNI. Included by simd.h, which says what
-// everything means.
+// The vector type of simd.h in AVX-512, with or without VNNI and BF16. Included by simd.h, which
+// says what everything means.
 #pragma once
 
 #include <immintrin.h>
@@ -46,6 +46,10 @@ T2P_INLINE F32 load_f16(const std::uint16_t* p) {
 T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
   const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
@@ -195,6 +199,30 @@ constexpr int kLargestByte = 127;
 T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
   const __m512i pairs = _mm512_madd_epi16(_mm512_maddubs_epi16(a.v, b.v), _mm512_set1_epi16(1));
   return {_mm512_add_epi32(sum.v, pairs)};
+}
+#endif
+#if defined(__AVX512BF16__)
+T2P_INLINE void store_bf16(std::uint16_t* p, F32 a) {
+  __m256i words;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
+  const __m512i both = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+  const __m512i lanes = lane_numbers().v;
+  const __m512i order =
+      _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  return {_mm512_permutexvar_epi16(order, both)};
+}
+T2P_INLINE I32 relu_bf16(I32 a) {
+  const __mmask32 nan = _mm512_cmpgt_epu16_mask(a.v, _mm512_set1_epi16(-0x80));  // 0xFF80: -inf
+  return {_mm512_mask_max_epi16(a.v, ~nan, a.v, _mm512_setzero_si512())};
+}
+T2P_INLINE F32 dot_bf16(F32 sum, I32 a, I32 b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
 }
 #endif
 

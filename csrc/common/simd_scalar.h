@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/half.h"
 #include "common/isa.h"
 
 namespace t2p::simd::T2P_ISA_NAMESPACE {
@@ -73,6 +74,9 @@ T2P_INLINE void store_high_words(std::uint16_t* p, I32 a) {
   for (int i = 0; i < kLanes; ++i) {
     p[i] = static_cast<std::uint16_t>(static_cast<std::uint32_t>(a.v[i]) >> 16);
   }
+}
+T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_float16(a.v[i]);
 }
 T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }

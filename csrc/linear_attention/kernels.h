@@ -61,5 +61,8 @@ extern const Kernels kKernels;
 namespace avx512_vnni {
 extern const Kernels kKernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 
 }  // namespace t2p::linear_attention

@@ -14,6 +14,8 @@ namespace {
 
 // With this many heads there is work for all cores; fewer are split along the sequence.
 constexpr std::int64_t kEnoughHeads = 16;
+// Of heads side by side, these many bytes of a row are taken at once, and these many rows in turn.
+constexpr std::int64_t kGroupBytes = 1024, kGroupRows = 64;
 constexpr std::int64_t kShortestPart = 512, kMostParts = 16;
 
 std::int64_t part_length(std::int64_t heads, std::int64_t rows) {
@@ -66,22 +68,62 @@ void write_state(const Attention& attention, const float* from, std::int64_t tas
   }
 }
 
+// How many heads of a sequence a thread takes at once: several, where their rows lie side by side
+// and there is work for all threads still. The bits do not depend on it.
+std::int64_t heads_at_once(const Attention& attention, int threads) {
+  const std::int64_t bytes = attention.d * (attention.k.format == Format::kF32 ? 4 : 2);
+  const std::int64_t fitting =
+      std::min(attention.h, kGroupBytes / std::max<std::int64_t>(bytes, 1));
+  const std::int64_t heads = attention.s * attention.h / (4 * std::int64_t{threads});
+  if (attention.k.head >= attention.k.row) return 1;
+  return std::clamp<std::int64_t>(fitting, 1, std::max<std::int64_t>(heads, 1));
+}
+
 // Each head by one thread, from its first key to its last query.
 void forward_heads(const Kernels& kernels, const Attention& attention, int threads, const Rows& out,
                    float* last) {
-  parallel_for(threads, attention.s * attention.h, [&](std::int64_t task) {
-    const Head head = head_of(attention, task);
-    thread_local Buffer<float> state;
-    state.reserve(state_size(head));
-    read_state(attention, attention.initial_state, task, state.data());
+  const std::int64_t width = heads_at_once(attention, threads);
+  const std::int64_t groups = ceil_div(attention.h, width);
+  const std::int64_t size = padded(attention.d) * padded(attention.e) + padded(attention.d);
+  parallel_for(threads, attention.s * groups, [&](std::int64_t task) {
+    const std::int64_t begin = task / groups * attention.h + task % groups * width;
+    const std::int64_t end = std::min(begin + width, (task / groups + 1) * attention.h);
+    const Head first = head_of(attention, begin);
+    thread_local Buffer<float> states;
+    states.reserve(width * size);
+    const auto for_each_head = [&](const auto& call) {
+      for (std::int64_t head = begin; head < end; ++head) {
+        call(head_of(attention, head), states.data() + (head - begin) * size);
+      }
+    };
+    // Calls with the rows [from, to) of each head.
+    const auto for_each_block = [&](std::int64_t rows, const auto& call) {
+      const std::int64_t step = width == 1 ? std::max<std::int64_t>(rows, 1) : kGroupRows;
+      for (std::int64_t row = 0; row < rows; row += step) {
+        for_each_head([&](const Head& head, float* state) {
+          call(head, row, std::min(row + step, rows), state);
+        });
+      }
+    };
     float* scratch = scratch_for(attention);
-    if (attention.causal) {
-      kernels.scan(attention, head, 0, head.n, state.data(), scratch, out);
-    } else {
-      kernels.accumulate(attention, head, 0, head.n, scratch, state.data());
-      kernels.apply(attention, head, 0, head.m, state.data(), scratch, out);
+    for (std::int64_t head = begin; head < end; ++head) {
+      read_state(attention, attention.initial_state, head, states.data() + (head - begin) * size);
     }
-    write_state(attention, state.data(), task, last);
+    if (attention.causal) {
+      for_each_block(first.n, [&](const Head& head, std::int64_t from, std::int64_t to, float* s) {
+        kernels.scan(attention, head, from, to, s, scratch, out);
+      });
+    } else {
+      for_each_block(first.n, [&](const Head& head, std::int64_t from, std::int64_t to, float* s) {
+        kernels.accumulate(attention, head, from, to, scratch, s);
+      });
+      for_each_block(first.m, [&](const Head& head, std::int64_t from, std::int64_t to, float* s) {
+        kernels.apply(attention, head, from, to, s, scratch, out);
+      });
+    }
+    for (std::int64_t head = begin; head < end; ++head) {
+      write_state(attention, states.data() + (head - begin) * size, head, last);
+    }
   });
 }
 
@@ -92,7 +134,7 @@ void add(const float* from, std::int64_t count, float* to) {
 }  // namespace
 
 void forward_cpu(const Attention& attention, int threads, const Rows& out, float* state) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   const std::int64_t heads = attention.s * attention.h;
   if (heads == 0) return;
   const std::int64_t dp = padded(attention.d), ep = padded(attention.e), size = dp * ep + dp;
@@ -155,7 +197,7 @@ void forward_cpu(const Attention& attention, int threads, const Rows& out, float
 }
 
 void backward_cpu(const Attention& attention, int threads, const Gradients& gradients) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   parallel_for(threads, attention.s * attention.h, [&](std::int64_t task) {
     const Head head = head_of(attention, task);
     thread_local Buffer<float> initial, grad, factors;

@@ -55,79 +55,127 @@ T2P_INLINE const std::uint8_t* mask_of(const Attention& attention, const Head& h
   return attention.mask ? attention.mask + head.batch * attention.n + head.first : nullptr;
 }
 
-// The next tile is on its way while this one is computed with. Past the end nothing is loaded.
+T2P_INLINE std::uintptr_t address(const Rows& rows, std::int64_t at) {
+  return reinterpret_cast<std::uintptr_t>(rows.data) +
+         static_cast<std::uintptr_t>(at * (rows.format == Format::kF32 ? 4 : 2));
+}
+// Asks for a row that will be read; past the end of a tensor this does nothing.
 T2P_INLINE void prefetch_row(const Rows& rows, std::int64_t at, std::int64_t channels) {
-  const std::int64_t bytes = rows.format == Format::kF32 ? 4 : 2;
-  const auto address =
-      reinterpret_cast<std::uintptr_t>(rows.data) + static_cast<std::uintptr_t>(at * bytes);
-  for (std::int64_t line = 0; line < channels * bytes; line += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address + line), 0, 2);
+  const std::uintptr_t begin = address(rows, at), end = address(rows, at + channels);
+  for (std::uintptr_t line = begin; line < end; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
   }
+}
+
+// How many rows ahead to ask for: none of rows that lie one after another, since the processor sees
+// that for itself.
+T2P_INLINE std::int64_t ahead(const Rows& rows, std::int64_t channels, std::int64_t count) {
+  return rows.row == channels ? 0 : count;
 }
 
 template <Format format, Feature feature>
 void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
-             std::int64_t height, std::int64_t channels, const std::uint8_t* mask, float* to) {
-  const std::int64_t width = padded(channels);
-  for (std::int64_t i = 0; i < height; ++i, to += width) {
+             std::int64_t height, std::int64_t channels, const std::uint8_t* mask,
+             std::int64_t ahead, float* to) {
+  const std::int64_t width = padded(channels), whole = channels / kLanes * kLanes;
+  const std::int64_t step = rows.row;
+  const void* data = rows.data;
+  std::int64_t at = place(rows, head, begin);
+  for (std::int64_t i = 0; i < height; ++i, at += step, to += width) {
     if (i >= count || (mask && !mask[begin + i])) {
       for (std::int64_t c = 0; c < width; c += kLanes) store(to + c, broadcast(0.0f));
       continue;
     }
-    const std::int64_t at = place(rows, head, begin + i);
-    prefetch_row(rows, at + height * rows.row, channels);
-    std::int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      store(to + c, mapped<feature>(vector_at<format>(rows.data, at + c)));
+    if (ahead > 0) prefetch_row(rows, at + ahead * step, channels);
+    for (std::int64_t c = 0; c < whole; c += kLanes) {
+      store(to + c, mapped<feature>(vector_at<format>(data, at + c)));
     }
-    if (c == width) continue;
+    if (whole == width) continue;
     float tail[kPad + kLanes] = {};
-    for (std::int64_t j = c; j < channels; ++j) tail[j - c] = number_at<format>(rows.data, at + j);
+    for (std::int64_t j = whole; j < channels; ++j) {
+      tail[j - whole] = number_at<format>(data, at + j);
+    }
     store(tail, mapped<feature>(load(tail)));
-    for (std::int64_t j = c; j < width; ++j) to[j] = j < channels ? tail[j - c] : 0.0f;
+    for (std::int64_t j = whole; j < width; ++j) to[j] = j < channels ? tail[j - whole] : 0.0f;
+  }
+}
+
+// Reads phi of the rows [begin, begin + count) into `height` rows of padded(channels) floats; the
+// rest, and rows that the mask leaves out, are zeros. The rows `ahead` further on, if it is not 0,
+// are asked for: the memory is read while this tile is computed with.
+using Read = void (*)(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+                      std::int64_t height, std::int64_t channels, const std::uint8_t* mask,
+                      std::int64_t ahead, float* to);
+
+template <Format format>
+Read reader_of(Feature feature) {
+  return feature == Feature::kRelu  ? read_as<format, Feature::kRelu>
+         : feature == Feature::kElu ? read_as<format, Feature::kElu>
+                                    : read_as<format, Feature::kIdentity>;
+}
+
+Read reader(Format format, Feature feature) {
+  return format == Format::kF32    ? reader_of<Format::kF32>(feature)
+         : format == Format::kBf16 ? reader_of<Format::kBf16>(feature)
+                                   : reader_of<Format::kF16>(feature);
+}
+
+void read_rows(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+               std::int64_t height, std::int64_t channels, Feature feature,
+               const std::uint8_t* mask, float* to) {
+  reader(rows.format, feature)(rows, head, begin, count, height, channels, mask, height, to);
+}
+
+T2P_INLINE I32 rounded_to_bf16(F32 a) {
+  const I32 word = as_i32(a);
+  const I32 odd = bit_and(shift_right<16>(word), broadcast(std::int32_t{1}));
+  const I32 rounded = add(word, add(odd, broadcast(std::int32_t{0x7FFF})));
+  const I32 magnitude = bit_and(word, broadcast(std::int32_t{0x7FFFFFFF}));
+  const M32 nan = less(broadcast(std::int32_t{0x7F800000}), magnitude);
+  return select(nan, broadcast(std::int32_t{0x7FC00000}), rounded);
+}
+
+// Rounds the first `count` of a vector to the format.
+template <Format format>
+T2P_INLINE void write_vector(void* data, std::int64_t at, std::int64_t count, F32 a) {
+  if constexpr (format == Format::kF32) {
+    float* to = static_cast<float*>(data) + at;
+    if (count >= kLanes) return store(to, a);
+    float lanes[kLanes];
+    store(lanes, a);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+    return;
+  }
+  std::uint16_t* to = static_cast<std::uint16_t*>(data) + at;
+  if (count >= kLanes) {
+#if defined(__AVX512BF16__)
+    if constexpr (format == Format::kBf16) return store_bf16(to, a);
+#endif
+    if constexpr (format == Format::kBf16) return store_high_words(to, rounded_to_bf16(a));
+    return store_f16(to, a);
+  }
+  float lanes[kLanes];
+  store(lanes, a);
+  for (std::int64_t i = 0; i < count; ++i) {
+    to[i] = format == Format::kBf16 ? float_to_bfloat16(lanes[i]) : float_to_float16(lanes[i]);
   }
 }
 
 template <Format format>
-void read_format(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
-                 std::int64_t height, std::int64_t channels, Feature feature,
-                 const std::uint8_t* mask, float* to) {
-  const auto read = feature == Feature::kRelu  ? read_as<format, Feature::kRelu>
-                    : feature == Feature::kElu ? read_as<format, Feature::kElu>
-                                               : read_as<format, Feature::kIdentity>;
-  read(rows, head, begin, count, height, channels, mask, to);
+void write_format(const Rows& rows, std::int64_t at, std::int64_t channels, F32 by,
+                  const float* from) {
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    write_vector<format>(rows.data, at + c, channels - c, mul(by, load(from + c)));
+  }
 }
 
-// phi of the rows [begin, begin + count) into `height` rows of padded(channels) floats; the rest,
-// and rows that the mask leaves out, are zeros.
-void read_rows(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
-               std::int64_t height, std::int64_t channels, Feature feature,
-               const std::uint8_t* mask, float* to) {
-  const auto read = rows.format == Format::kF32    ? read_format<Format::kF32>
-                    : rows.format == Format::kBf16 ? read_format<Format::kBf16>
-                                                   : read_format<Format::kF16>;
-  read(rows, head, begin, count, height, channels, feature, mask, to);
-}
-
-// Rounds a row, times `factor`, to the format; `from` may change.
+// Rounds a row, times `factor`, to the format.
 void write_row(const Rows& rows, const Head& head, std::int64_t row, std::int64_t channels,
-               float factor, float* from) {
-  const std::int64_t at = place(rows, head, row);
-  const F32 by = broadcast(factor);
-  std::int64_t c = 0;
-  if (rows.format == Format::kF32) {
-    float* to = static_cast<float*>(rows.data) + at;
-    for (; c + kLanes <= channels; c += kLanes) store(to + c, mul(by, load(from + c)));
-    for (; c < channels; ++c) to[c] = factor * from[c];
-    return;
-  }
-  std::uint16_t* to = static_cast<std::uint16_t*>(rows.data) + at;
-  for (; c < channels; c += kLanes) store(from + c, mul(by, load(from + c)));
-  if (rows.format == Format::kBf16) {
-    for (c = 0; c < channels; ++c) to[c] = float_to_bfloat16(from[c]);
-  } else {
-    for (c = 0; c < channels; ++c) to[c] = float_to_float16(from[c]);
-  }
+               float factor, const float* from) {
+  const auto write = rows.format == Format::kF32    ? write_format<Format::kF32>
+                     : rows.format == Format::kBf16 ? write_format<Format::kBf16>
+                                                    : write_format<Format::kF16>;
+  write(rows, place(rows, head, row), channels, broadcast(factor), from);
 }
 
 // A matrix in scratch; transposed by exchanging the steps.
@@ -138,17 +186,10 @@ struct Matrix {
 
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 
-template <int vectors, bool sums>
-T2P_INLINE void multiply_tile(const Matrix& a, std::int64_t depth, const float* b, std::int64_t ldb,
-                              float* c, std::int64_t ldc) {
-  F32 sum[kTileRows][vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = sums ? load(c + i * ldc + j * kLanes) : broadcast(0.0f);
-    }
-  }
+// sum += the rows of a, [kTileRows, depth], times the columns of b, [depth, vectors kLanes].
+template <int vectors>
+T2P_INLINE void add_products(const Matrix& a, std::int64_t depth, const float* b, std::int64_t ldb,
+                             F32 (&sum)[kTileRows][vectors]) {
   const float* at = a.data;
   for (std::int64_t k = 0; k < depth; ++k, at += a.column, b += ldb) {
     F32 right[vectors];
@@ -161,6 +202,20 @@ T2P_INLINE void multiply_tile(const Matrix& a, std::int64_t depth, const float* 
       for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
     }
   }
+}
+
+template <int vectors, bool sums>
+T2P_INLINE void multiply_tile(const Matrix& a, std::int64_t depth, const float* b, std::int64_t ldb,
+                              float* c, std::int64_t ldc) {
+  F32 sum[kTileRows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = sums ? load(c + i * ldc + j * kLanes) : broadcast(0.0f);
+    }
+  }
+  add_products<vectors>(a, depth, b, ldb, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 2

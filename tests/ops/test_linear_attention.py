@@ -17,6 +17,8 @@ from t2p_fast.ops import linear_attention
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 FEATURES = ["relu", "elu+1", "identity"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def _case(
@@ -132,13 +134,14 @@ def test_linear_attention_gradients(
     assert (found[1][:, :, ~mask] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("causal", [False, True])
 def test_linear_attention_split_sequence(
-    causal: bool, device: torch.device, emulated: bool
+    causal: bool, dtype: torch.dtype, device: torch.device, emulated: bool
 ) -> None:
     """Long enough to be cut into parts; the bits do not depend on the threads."""
-    n = 300 if emulated else 1300
-    q, k, v, initial = _case(1, 2, n, n, 32, 24)
+    n = 301 if emulated else 1301
+    q, k, v, initial = _case(1, 2, n, n, 32, 24, dtype=dtype)
     truth, state_truth = reference.linear_attention(
         q.double(), k.double(), v.double(), causal=causal, initial_state=initial.double()
     )
@@ -152,7 +155,7 @@ def test_linear_attention_split_sequence(
     finally:
         torch.set_num_threads(before)
     for out, state in results:
-        _assert_close(out.cpu(), truth, steps=n)
+        _assert_close(out.cpu(), truth, dtype, n)
         _assert_close(state.cpu(), state_truth, steps=n)
         assert torch.equal(out, results[0][0])
         assert torch.equal(state, results[0][1])
@@ -243,6 +246,67 @@ def test_linear_attention_masked_keys_do_not_matter(device: torch.device) -> Non
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.not_emulated(reason="about the instructions of a CPU")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    ("n", "d", "e"),
+    [(1, 8, 8), (2, 32, 32), (31, 33, 1), (33, 40, 17), (95, 16, 96), (130, 256, 256)],
+)
+def test_linear_attention_halves(n: int, d: int, e: int, feature: str, dtype: torch.dtype) -> None:
+    """Odd numbers of keys and channels, strided rows, a mask over neighbours."""
+    q, k, v, initial = _case(2, 3, n, n, d, e, dtype=dtype)
+    mask = torch.arange(2 * n).view(2, n) % 5 > 1
+    options: dict[str, Any] = {
+        "feature": feature, "normalize": feature != "identity", "eps": 0.1, "key_mask": mask,
+    }  # fmt: skip
+    truth, state_truth = reference.linear_attention(
+        q.double(), k.double(), v.double(), initial_state=initial.double(), **options
+    )
+    k, v = k.masked_fill(~mask[:, None, :, None], torch.nan), v.transpose(1, 2).contiguous()
+    out, state = linear_attention(
+        q, k, v.transpose(1, 2), initial_state=initial, return_state=True, **options
+    )
+    _assert_close(out, truth, dtype, n + d)
+    _assert_close(state, state_truth, steps=n)
+
+
+@pytest.mark.not_emulated(reason="about the instructions of a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_linear_attention_extremes(dtype: torch.dtype) -> None:
+    """All keys cut off by ReLU; numbers far from 1; terms that cancel."""
+    q, k, v, _ = _case(1, 2, 50, 50, 32, 32, dtype=dtype)
+    assert (linear_attention(q, -k.abs(), v) == 0).all()
+    scales = (1e-2, 1e2) if dtype == torch.float16 else (1e-12, 1e12)
+    for scale in scales:
+        x = [q, (k.double() * scale).to(dtype), (v.double() * scale).to(dtype)]
+        truth, _ = reference.linear_attention(*(t.double() for t in x), eps=0.0)
+        _assert_close(linear_attention(*x, eps=0.0), truth, dtype, 82)
+    k[:, :, 25:], v[:, :, 25:] = k[:, :, :25], -v[:, :, :25]
+    v[:, :, 7] *= 1.0625
+    truth, _ = reference.linear_attention(q.double(), k.double(), v.double())
+    steps = 82 * 4096  # the largest result is about a 64th of what the terms would add up to
+    _assert_close(linear_attention(q, k, v), truth, dtype, steps)
+
+
+@pytest.mark.not_emulated(reason="about the instructions of a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_linear_attention_keeps_nan_of_either_sign(dtype: torch.dtype, sign: float) -> None:
+    nan = torch.copysign(torch.tensor(torch.nan, dtype=dtype), torch.tensor(sign, dtype=dtype))
+    assert nan.isnan()
+    assert bool(nan.signbit()) == (sign < 0)
+    for place in (3, 4):
+        q, k, v, _ = _case(1, 2, 9, 9, 32, 32, dtype=dtype)
+        k[0, 1, place, 5] = nan
+        out = linear_attention(q, k, v)
+        assert out[:, 1].isnan().all()
+        assert out[:, 0].isfinite().all()
+        q[0, 0, place, 2] = nan
+        rows = linear_attention(q, k, v)[0, 0].isnan().any(-1)
+        assert rows.nonzero().flatten().tolist() == [place]
+
+
 def test_linear_attention_keeps_nan(device: torch.device) -> None:
     q, k, v, _ = (x.to(device) for x in _case(1, 1, 4, 4, 8, 8))
     for x in (q, k, v):
@@ -283,7 +347,7 @@ def test_linear_attention_compiles() -> None:
         torch.testing.assert_close(found, right)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize("isa", LEVELS)
 def test_linear_attention_on_every_isa(isa: str, run_python: Callable[..., str]) -> None:
     program = """
 import torch
@@ -300,6 +364,17 @@ for causal in (False, True):
         for a, b in zip(torch.autograd.grad(out.square().sum(), x),
                         torch.autograd.grad(truth.square().sum(), y)):
             torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+for dtype in (torch.bfloat16, torch.float16):
+    for n, d, e in ((1, 8, 8), (45, 32, 32), (130, 40, 17)):
+        for feature in ("relu", "elu+1"):
+            x = [torch.randn(1, 2, n, c).to(dtype) for c in (d, d, e)]
+            out, state = linear_attention(*x, feature=feature, eps=0.1, return_state=True)
+            truth, wanted = reference.linear_attention(
+                *(t.double() for t in x), feature=feature, eps=0.1)
+            largest = float(truth.abs().max())
+            torch.testing.assert_close(
+                out.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5 * largest)
+            torch.testing.assert_close(state.double(), wanted, rtol=1e-6, atol=1e-5)
 print(_C.build_info()["isa"])
 """
     if isa not in _supported():
@@ -310,8 +385,7 @@ print(_C.build_info()["isa"])
 def _supported() -> list[str]:
     from t2p_fast import _C
 
-    levels = ["scalar", "avx2", "avx512", "avx512_vnni"]
-    return levels[: levels.index(_C.build_info()["isa"]) + 1]
+    return LEVELS[: LEVELS.index(_C.build_info()["isa"]) + 1]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ noise = scheduler_noise((3, 5000), 11, 2)
 print(hashlib.sha256(noise.numpy().tobytes()).hexdigest())
 """
     isa = _C.build_info()["isa"]
-    levels = ["scalar", "avx2", "avx512", "avx512_vnni"]
+    levels = _C.build_info()["isa_built"]
     usable = levels[: levels.index(isa) + 1]
     assert len({run_python(program, T2P_ISA=level) for level in usable}) == 1
 
@@ -146,7 +146,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             print(float((prev.double() * weights).sum()), float((x0.double() * weights).sum()))
 """
     isa = _C.build_info()["isa"]
-    levels = ["scalar", "avx2", "avx512", "avx512_vnni"]
+    levels = _C.build_info()["isa_built"]
     results = [
         torch.tensor([float(v) for v in run_python(program, T2P_ISA=level).split()])
         for level in levels[: levels.index(isa) + 1]
