@@ -241,9 +241,9 @@ def linear_attention(
     ``S = S_0 + sum_j phi(k_j) v_j^T``, ``z = z_0 + sum_j phi(k_j)``,
     ``o_i = scale phi(q_i)^T S / (scale phi(q_i)^T z + eps)``, with the sums over all keys or, if
     causal, over those up to ``i``. Differentiable once in `q`, `k`, `v` and `initial_state`. Sums
-    are in float32, in an order that depends on the shapes alone, and the state stays in float32. On a
-    GPU the states of parts of the keys are kept meanwhile, if causal of every 64. On a CPU, bfloat16
-    numbers below 2^-126 may count as 0.
+    are in float32, in an order that depends on the shapes alone, and the state stays in float32.
+    On a GPU the states of parts of the keys are kept meanwhile, if causal of every 64. On a CPU,
+    bfloat16 numbers below 2^-126 may count as 0.
 
     Args:
         q: ``[b, h, m, d]``, or ``[b, m, h, d]`` with `layout` "bnhd"; float32, bfloat16 or float16.
