@@ -227,8 +227,8 @@ def linear_attention(
     ``S = S_0 + sum_j phi(k_j) v_j^T``, ``z = z_0 + sum_j phi(k_j)``,
     ``o_i = scale phi(q_i)^T S / (scale phi(q_i)^T z + eps)``, with the sums over all keys or, if
     causal, over those up to ``i``. Differentiable once in `q`, `k`, `v` and `initial_state`. Sums
-    are in float32, in an order that does not depend on the number of threads, and the state is never
-    rounded to a shorter dtype. In bfloat16, numbers below 2^-126 may count as 0.
+    are in float32, in an order that does not depend on the number of threads, and the state stays
+    in float32. In bfloat16, numbers below 2^-126 may count as 0.
 
     Args:
         q: ``[b, h, m, d]``, or ``[b, m, h, d]`` with `layout` "bnhd"; float32, bfloat16 or float16.
