@@ -219,8 +219,12 @@ def test_from_pretrained(tmp_path: Path, pipeline: MusePipeline) -> None:
 def test_embedded_weights_obey_the_prompt() -> None:
     assert EMBEDDED.exists(), "the package ships without its weights"
     prompts = ["a red circle above a blue square", "a big yellow triangle on gray"] * 4
-    result = MusePipeline.from_pretrained("embedded")(prompts, seed=0)
-    accuracy = prompt_accuracy([np.asarray(image) for image in result.images], prompts)
-    # Chance is about one in four for a colour or a shape, and less for a relation.
-    assert accuracy.accuracy > 0.6
-    assert accuracy.background == 1.0
+    pipeline = MusePipeline.from_pretrained("embedded")
+    assert pipeline.sizes == (64, 128)
+    for size in pipeline.sizes:
+        result = pipeline(prompts, size=size, seed=0)
+        assert result.images[0].size == (size, size)
+        accuracy = prompt_accuracy([np.asarray(image) for image in result.images], prompts)
+        # Chance is about one in four for a colour or a shape, and less for a relation.
+        assert accuracy.accuracy > 0.8
+        assert accuracy.background == 1.0
