@@ -4,7 +4,7 @@
 //
 // Only what is in bfloat16 to begin with is multiplied so: keys, after ReLU or as they are, times
 // values. The state is a sum in float32 and stays one. It may not be rounded to bfloat16 for
-// q^T S, since its rounding, 2^-9 of every term, would not average out where terms cancel; split in
+// q^T S: an error up to 2^-8 of every term does not average out where terms cancel. Split in
 // two bfloat16, of 16 bits together, it takes as many instructions as the product in float32.
 // Numbers below 2^-126 count as zero.
 #pragma once
