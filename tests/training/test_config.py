@@ -12,6 +12,7 @@ from t2p_fast.training.config import (
     FeatureEncoderTraining,
     MRFTraining,
     MuseTraining,
+    SuperResolutionTraining,
     VQGANTraining,
     load_config,
 )
@@ -19,6 +20,7 @@ from t2p_fast.training.config import (
 KINDS = {
     "vqgan": VQGANTraining,
     "muse": MuseTraining,
+    "super-resolution": SuperResolutionTraining,
     "mrf": MRFTraining,
     "features": FeatureEncoderTraining,
 }
@@ -28,7 +30,8 @@ def test_every_shipped_recipe_loads() -> None:
     recipes = sorted(RECIPES.glob("*.json"))
     assert recipes
     for path in recipes:
-        kind, _, name = path.stem.partition("-")
+        (kind,) = (k for k in KINDS if path.stem.startswith(f"{k}-"))
+        name = path.stem.removeprefix(f"{kind}-")
         assert isinstance(load_config(kind, name), KINDS[kind])
         # Nothing in it is left out.
         for section, options in json.loads(path.read_text()).items():
