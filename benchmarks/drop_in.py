@@ -26,7 +26,8 @@ from torch import Tensor
 from t2p_fast.checkpoints import write_atomically
 
 from .report import machine_facts
-from .run import MALLOC, alternate_ms, environment_of
+from .run import MALLOC, environment_of
+from .timing import alternate_ms
 
 __all__ = ["PIPELINES", "Result", "Subject", "compare", "main"]
 

@@ -31,7 +31,7 @@ from t2p_fast.pipelines import MarkovGenPipeline, MusePipeline
 from t2p_fast.training.pictures import save_sheet, to_tensor
 
 from .report import machine_facts
-from .run import median_ms
+from .timing import median_ms
 
 METHODS = ("muse", "early-exit", "markovgen")
 

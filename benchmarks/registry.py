@@ -2,7 +2,7 @@
 """What a benchmark of an op is made of, and how one is found.
 
 A file ``bench_<op>.py`` in this folder defines ``BENCHMARK``, a `Benchmark`. It describes cases,
-providers, a correctness gate and a floor; it never looks at a clock. `run` does all the timing.
+providers, a correctness gate and a floor; it never looks at a clock. `timing` does all of that.
 """
 
 import importlib

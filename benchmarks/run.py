@@ -3,7 +3,7 @@
 
 Every setting (malloc, threads) is measured in a process of its own, because both are fixed when a
 process starts. In it all providers of a case take turns, round after round, so that whatever else
-the machine does meets all of them. This is the only file that looks at a clock.
+the machine does meets all of them.
 """
 
 import argparse
@@ -16,10 +16,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NoReturn
@@ -31,15 +29,14 @@ from rich.markup import escape
 from . import report
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Workload, load, ops
 from .report import Row
+from .timing import ceilings, take_turns, time_first
 
 __all__ = [
     "Report",
     "Settings",
-    "alternate_ms",
     "environment_of",
     "main",
     "measure",
-    "median_ms",
     "run_benchmarks",
 ]
 
@@ -108,71 +105,6 @@ class Report:
     notes: list[str]
 
 
-# the clock ---------------------------------------------------------------------------------------
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _time(call: Callable[[], Any], calls: int, device: str) -> tuple[float, float]:
-    """Seconds a call, of the wall clock and of the processor."""
-    _synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
-
-
-def _take_turns(
-    calls: Sequence[Callable[[], Any]], first: Sequence[float], settings: Settings
-) -> list[tuple[list[tuple[float, float]], int]]:
-    """Samples of all calls in alternation, and how many calls each sample holds.
-
-    `first` are the seconds that one call took before.
-    """
-    target = settings.seconds_per_sample
-    repeats = []
-    for call, seconds in zip(calls, first, strict=True):
-        if seconds < 10 * target:
-            seconds = min(_time(call, 2, settings.device)[0], seconds)
-        repeats.append(max(1, min(1000, round(target / max(seconds, 1e-7)))))
-    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
-    gc.collect()
-    gc.disable()
-    try:
-        end = time.perf_counter() + settings.seconds
-        rounds = 0
-        while rounds < 3 or (time.perf_counter() < end and rounds < 50):
-            order = range(len(calls)) if rounds % 2 == 0 else reversed(range(len(calls)))
-            for i in order:
-                samples[i].append(_time(calls[i], repeats[i], settings.device))
-            rounds += 1
-    finally:
-        gc.enable()
-    return list(zip(samples, repeats, strict=True))
-
-
-def _ceilings(device: str) -> tuple[float, float]:
-    """Flops and bytes per second: the best matrix product, and a copy (bytes read and written)."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    scale = 4 if device == "cuda" else 1
-    flops = 0.0
-    for n, k in ((512, 512), (1024, 1024), (2048, 256)):
-        a = torch.randn(scale * n, scale * k, dtype=dtype, device=device)
-        b = torch.randn(scale * k, scale * n, dtype=dtype, device=device)
-        out = a @ b
-        product = partial(torch.mm, a, b, out=out)
-        best = min(_time(product, 1, device)[0] for _ in range(16))
-        flops = max(flops, 2 * scale**3 * n * n * k / best)
-    source = torch.ones(scale**2 << 24, device=device)
-    target = torch.empty_like(source)
-    best = min(_time(partial(target.copy_, source), 1, device)[0] for _ in range(16))
-    return flops, 2 * source.nbytes / best
-
-
 # memory ------------------------------------------------------------------------------------------
 
 
@@ -227,7 +159,7 @@ def measure(
     torch.set_num_threads(settings.threads)
     try:
         benchmark.gate(settings.device)
-        flops, bandwidth = _ceilings(settings.device)
+        flops, bandwidth = ceilings(settings.device)
         facts = report.machine_facts(settings.device)
         facts |= {"peak_gflops": flops / 1e9, "copy_gb_s": bandwidth / 1e9}
         rows = []
@@ -286,7 +218,14 @@ def _measure_case(
         for row in timed:
             row.status, row.memory_mib = "not timed: the gate of the op is red", None
         return rows
-    for row, (samples, repeat) in zip(timed, _take_turns(calls, first, settings), strict=True):
+    taken = take_turns(
+        calls,
+        first,
+        seconds=settings.seconds,
+        seconds_per_sample=settings.seconds_per_sample,
+        device=settings.device,
+    )
+    for row, (samples, repeat) in zip(timed, taken, strict=True):
         wall = [1e3 * sample[0] for sample in samples]
         quarters = quantiles(wall, n=4)
         row.min_ms, row.median_ms = min(wall), median(wall)
@@ -303,10 +242,7 @@ def _admit(
     """Builds a provider and runs its gate: the call, how long the first one took, the status."""
     try:
         call = provider.build(inputs)
-        start = time.perf_counter()
-        result = call()
-        _synchronize(device)
-        seconds = time.perf_counter() - start
+        result, seconds = time_first(call, device)
         workload.gate(inputs, result, provider.ours)
     except GateError as error:
         return None, 0.0, f"wrong: {error}"
@@ -534,32 +470,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-plot", action="store_true", help="CSV only")
     return parser
-
-
-def median_ms(call: Callable[[], object]) -> float:
-    """Milliseconds of one call, the median of at least five after one that does not count."""
-    call()
-    samples: list[float] = []
-    while len(samples) < 5 or (sum(samples) < 0.5 and len(samples) < 100):
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return 1000 * median(samples)
-
-
-def alternate_ms(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, float]]:
-    """Of calls that take turns: the median by the wall clock, and the least processor time.
-
-    A round before the first does not count.
-    """
-    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for turn in range(rounds):
-        order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
-        for i in order:
-            samples[i].append(_time(calls[i], 1, "cpu"))
-    return [(1e3 * median(w for w, _ in part), 1e3 * min(c for _, c in part)) for part in samples]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,10 @@
 // order, and the coefficients of a channel.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
+#include "common/half.cuh"
 #include "group_norm/group_norm.h"
 
 namespace t2p::group_norm {
@@ -28,24 +26,6 @@ template <int kWidth>
 constexpr int kStripChannels = kStrip<kWidth> * kWidth;
 template <int kWidth>
 constexpr int kStripRows = kThreads / kStrip<kWidth>;
-
-__device__ float to_float(float a) { return a; }
-__device__ float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
-__device__ float to_float(__half a) { return __half2float(a); }
-template <class T>
-__device__ T from_float(float a);
-template <>
-__device__ float from_float<float>(float a) {
-  return a;
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float a) {
-  return __float2bfloat16_rn(a);
-}
-template <>
-__device__ __half from_float<__half>(float a) {
-  return __float2half_rn(a);
-}
 
 // Neighbouring elements, moved in one instruction.
 template <class T, int kWidth>

@@ -2,12 +2,10 @@
 // What all kernels share: elements, how sequences are cut, and rows as matrices.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
+#include "common/half.cuh"
 #include "linear_attention/linear_attention.h"
 
 namespace t2p::linear_attention {
@@ -18,24 +16,6 @@ using std::int64_t;
 constexpr const char* kOp = "linear_attention";
 constexpr int kTile = 64;  // rows of a tile, and of a chunk of a causal product
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ float to_float(float a) { return a; }
-__device__ float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
-__device__ float to_float(__half a) { return __half2float(a); }
-template <class T>
-__device__ T from_float(float a);
-template <>
-__device__ float from_float<float>(float a) {
-  return a;
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float a) {
-  return __float2bfloat16_rn(a);
-}
-template <>
-__device__ __half from_float<__half>(float a) {
-  return __float2half_rn(a);
-}
 
 // phi(x); a NaN stays one.
 __device__ float mapped(Feature feature, float x) {

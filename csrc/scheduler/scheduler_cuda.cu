@@ -6,12 +6,11 @@
 //
 //   reference, per element:  m = f (u + s (c - u));  x0 = bound(a0 x + a1 m + a2 g + a3 z)
 //                            prev = b0 x + b1 m + b2 x0 + b3 g + b4 h1 + b5 h2 + b6 z
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
+#include "common/half.cuh"
 #include "common/philox.h"
 #include "scheduler/scheduler.h"
 
@@ -27,24 +26,6 @@ constexpr unsigned kInfinityBits = 0x7f800000u;
 struct State {
   float factor, inverse;
 };
-
-__device__ float to_float(float a) { return a; }
-__device__ float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
-__device__ float to_float(__half a) { return __half2float(a); }
-template <class T>
-__device__ T from_float(float a);
-template <>
-__device__ float from_float<float>(float a) {
-  return a;
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float a) {
-  return __float2bfloat16_rn(a);
-}
-template <>
-__device__ __half from_float<__half>(float a) {
-  return __float2half_rn(a);
-}
 
 // Four elements as they lie in memory, moved in one instruction.
 template <class T>

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from t2p_fast.benchmarks import run
-from t2p_fast.benchmarks.run import MALLOC, alternate_ms, main
+from t2p_fast.benchmarks.run import MALLOC, main
+from t2p_fast.benchmarks.timing import alternate_ms
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

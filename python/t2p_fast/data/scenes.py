@@ -109,7 +109,7 @@ VOCABULARIES: dict[str, Vocabulary] = {
         object_counts=(1, 2, 2),
         lattice=8,
     ),
-    # What a generator learns from scratch in two hours on two cores: the embedded weights.
+    # What a small generator learns from scratch on two cores: the embedded weights.
     "basic": Vocabulary(
         shapes=("circle", "square", "triangle", "star"),
         colors=("red", "green", "blue", "yellow"),
