@@ -329,7 +329,7 @@ def compare(
 
 
 KINDS = {
-    "attention": ("scaled_dot_product", "bmm", "softmax"),
+    "attention": ("scaled_dot_product", "t2p_fast::attention", "bmm", "softmax"),
     "linear_attention": ("linear_attention",),
     "convolution": ("conv",),
     "linear": ("addmm", "aten::mm", "aten::linear", "mkldnn_linear"),

@@ -207,14 +207,17 @@ T2P_INLINE void store_bf16(std::uint16_t* p, F32 a) {
   __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
 }
-T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
-  const __m512i both = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+// The first 16 words and the last 16, in turn.
+T2P_INLINE I32 interleave_halves(__m512i words) {
   const __m512i lanes = lane_numbers().v;
   const __m512i order =
       _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
-  return {_mm512_permutexvar_epi16(order, both)};
+  return {_mm512_permutexvar_epi16(order, words)};
+}
+T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
+  return interleave_halves(_mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1));
 }
 T2P_INLINE I32 relu_bf16(I32 a) {
   const __mmask32 nan = _mm512_cmpgt_epu16_mask(a.v, _mm512_set1_epi16(-0x80));  // 0xFF80: -inf
@@ -223,6 +226,19 @@ T2P_INLINE I32 relu_bf16(I32 a) {
 T2P_INLINE F32 dot_bf16(F32 sum, I32 a, I32 b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
   return sum;
+}
+T2P_INLINE I32 join_bf16(F32 a, F32 b) {
+  __m512i words;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(a.v), "v"(b.v));
+  return interleave_halves(words);
+}
+T2P_INLINE F32 exp2_coarse(F32 a) {
+  const __m512 r = _mm512_reduce_ps(a.v, 0);  // a less the nearest whole number
+  __m512 p = _mm512_set1_ps(0.05517167f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24261114f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326099f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992807f));
+  return {_mm512_scalef_ps(p, _mm512_sub_ps(a.v, r))};
 }
 #endif
 

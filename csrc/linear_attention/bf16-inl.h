@@ -9,28 +9,13 @@
 // Numbers below 2^-126 count as zero.
 #pragma once
 
+#include "common/pairs-inl.h"
 #include "linear_attention/tiles-inl.h"
 
 namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
 namespace {
 
 constexpr std::int64_t kPairs = 16;  // of rows taken at a time
-
-// Two rows as pairs of words in `padded(channels)` lanes.
-template <bool relu>
-T2P_INLINE void pair_rows(const std::uint16_t* a, const std::uint16_t* b, std::int64_t channels,
-                          std::int32_t* to) {
-  std::int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    const I32 pair = pair_words(a + c, b + c);
-    store(to + c, relu ? relu_bf16(pair) : pair);
-  }
-  if (c == channels) return;
-  std::uint16_t tail_a[kLanes] = {}, tail_b[kLanes] = {};
-  for (std::int64_t i = c; i < channels; ++i) tail_a[i - c] = a[i], tail_b[i - c] = b[i];
-  const I32 pair = pair_words(tail_a, tail_b);
-  store(to + c, relu ? relu_bf16(pair) : pair);
-}
 
 // Rows [begin, begin + count), those that the mask leaves out as zeros.
 template <bool relu>

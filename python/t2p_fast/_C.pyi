@@ -60,6 +60,15 @@ def vq_accumulate_sorted(
     x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
 ) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    threads: int,
+) -> None: ...
 def linear_attention_workspace_size(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool, backward: bool
 ) -> int: ...

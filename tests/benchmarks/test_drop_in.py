@@ -25,12 +25,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SWAPPED = {
-    "stable-diffusion": {"scheduler", "group_norm"},
-    "ldm": {"scheduler", "group_norm", "vq"},
-    "ddpm": {"scheduler", "group_norm"},
-    "amused": {"scheduler", "group_norm", "vq"},
+    "stable-diffusion": {"scheduler", "group_norm", "attention"},
+    "ldm": {"scheduler", "group_norm", "vq", "attention"},
+    "ddpm": {"scheduler", "group_norm", "attention"},
+    "amused": {"scheduler", "group_norm", "vq", "attention"},
     "sana": {"scheduler", "linear_attention"},
-    "unet": {"group_norm"},
+    "unet": {"group_norm", "attention"},
 }
 
 
@@ -76,7 +76,7 @@ def test_command(
     assert environments[0]["OMP_NUM_THREADS"] == "1"
     printed = capsys.readouterr().out
     for words in ("ddpm: tiny, float32, 1 thread", "scheduler: DDPMScheduler ->", "tuned",
-                  "(with group_norm)", "share of the time in torch", "convolution"):  # fmt: skip
+                  "(with attention, group_norm)", "share of the time in torch", "convolution"):  # fmt: skip
         assert words in printed
     with (tmp_path / "drop-in-cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -91,6 +91,7 @@ def test_command(
     ("name", "kind"),
     [
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("t2p_fast::attention", "attention"),
         ("aten::mkldnn_convolution", "convolution"),
         ("aten::addmm", "linear"),
         ("aten::native_group_norm", "group norm"),

@@ -108,7 +108,7 @@ def test_pictures_are_the_same(pipeline: tuple[Any, dict[str, Any]]) -> None:
     keys = {name: list(m.state_dict()) for name, m in pipe.components.items()
             if isinstance(m, nn.Module)}  # fmt: skip
     swapped = accelerate(pipe)
-    assert {"scheduler", "group_norm"} <= {swap.op for swap in swapped.swaps}
+    assert {"scheduler", "group_norm", "attention"} <= {swap.op for swap in swapped.swaps}
     assert not swapped.kept
     assert type(pipe.scheduler).__module__.startswith("t2p_fast.")
     assert any("ResnetBlock2D" in swap.what for swap in swapped.swaps)
@@ -146,7 +146,7 @@ def test_models_with_gradients(dtype: torch.dtype) -> None:
 
     before = run()
     swapped = accelerate(model)
-    assert {swap.op for swap in swapped.swaps} == {"group_norm"}
+    assert {swap.op for swap in swapped.swaps} == {"group_norm", "attention"}
     tolerance = {torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
     for ours, theirs in zip(run(), before, strict=True):
         scale = float(theirs.double().abs().max()) + 1e-3
@@ -205,7 +205,7 @@ def test_amused_scheduler() -> None:
     prompt = torch.randn(1, 7, 24), torch.randn(1, 16)
     swapped = accelerate(pipe)
     assert isinstance(pipe.scheduler, AmusedScheduler)
-    assert {"scheduler", "group_norm", "vq"} == {swap.op for swap in swapped.swaps}
+    assert {"scheduler", "group_norm", "vq", "attention"} == {swap.op for swap in swapped.swaps}
     pictures = pipe(
         prompt_embeds=prompt[1], encoder_hidden_states=prompt[0],
         negative_prompt_embeds=prompt[1], negative_encoder_hidden_states=prompt[0],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from t2p_fast import schedulers
 from t2p_fast._checks import check_choice, describe
 from t2p_fast.interop.amused import AmusedScheduler
+from t2p_fast.interop.attention_processor import AttnProcessor2_0
 from t2p_fast.interop.sana import SanaLinearAttnProcessor2_0
 from t2p_fast.ops import group_norm_silu, vq_nearest
 
@@ -85,16 +86,17 @@ class Acceleration:
 def accelerate(target: Any, ops: str | Iterable[str] = "auto") -> Acceleration:
     """Swaps what this package does faster in a pipeline or a model of diffusers, in place.
 
-    Results are those of the original up to rounding: of group norm a few units of float32; of the
-    schedulers see `t2p_fast.schedulers`; vector quantisation returns a true nearest code, where
-    diffusers' may be off by the rounding of `torch.cdist`. aMUSEd draws from the same distribution,
-    but a generator's seed means other tokens. On devices other than the CPU, in other dtypes than
-    float32, bfloat16 and float16, and under autocast, group norms run as before.
+    Results are those of the original up to rounding: of group norm and attention a few units of
+    float32, in bfloat16 as far from the exact ones as before; of the schedulers see
+    `t2p_fast.schedulers`; vector quantisation returns a true nearest code, where diffusers' may be
+    off by the rounding of `torch.cdist`. aMUSEd draws from the same distribution, but a generator's
+    seed means other tokens. On devices other than the CPU, in other dtypes than float32, bfloat16
+    and float16, and under autocast, group norms and attention run as before.
 
     Args:
         target: A `DiffusionPipeline`, or a model (`nn.Module`).
         ops: ``"auto"`` for all, or some of ``"scheduler"``, ``"group_norm"``, ``"vq"``,
-            ``"linear_attention"``.
+            ``"attention"``, ``"linear_attention"``.
 
     Returns:
         What was swapped, with `restore()`.
@@ -297,6 +299,19 @@ def _swap_vq(path: str, part: Any, done: Acceleration) -> None:
         _set_forward("vq", path, part, _vector_quantizer, what, done)
 
 
+# Attention ----------------------------------------------------------------------------------------
+
+
+def _swap_attention(path: str, part: Any, done: Acceleration) -> None:
+    before = getattr(part, "processor", None)
+    if type(part) is attention_processor.Attention and (
+        type(before) is attention_processor.AttnProcessor2_0
+    ):
+        done.replace(part, "processor", AttnProcessor2_0(before))
+        what = "AttnProcessor2_0 -> attention"
+        done.swaps.append(Swap("attention", f"{path}.processor".lstrip("."), what))
+
+
 # Linear attention ---------------------------------------------------------------------------------
 
 
@@ -333,5 +348,6 @@ _SWAPS: dict[str, Callable[[str, Any, Acceleration], None]] = {
     "scheduler": _swap_scheduler,
     "group_norm": _swap_group_norm,
     "vq": _swap_vq,
+    "attention": _swap_attention,
     "linear_attention": _swap_linear_attention,
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops: functions on tensors, differentiable and compilable, each with its own kernels."""
 
+from t2p_fast.ops.attention import attention
 from t2p_fast.ops.group_norm import group_norm_silu
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
 from t2p_fast.ops.linear_attention import linear_attention
@@ -18,6 +19,7 @@ __all__ = [
     "KMeansResult",
     "LowRank",
     "MaskedSample",
+    "attention",
     "codebook_labels",
     "grid_neighbours",
     "group_norm_silu",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch: the truth for tests and benchmarks. Any floating dtype."""
 
+from t2p_fast.reference.attention import attention
 from t2p_fast.reference.group_norm import group_norm_silu
 from t2p_fast.reference.linear_attention import linear_attention
 from t2p_fast.reference.masked_sampling import MaskedSample, masked_sample
@@ -24,6 +25,7 @@ from t2p_fast.reference.vq import KMeansResult, kmeans, vq_lookup, vq_nearest, v
 __all__ = [
     "KMeansResult",
     "MaskedSample",
+    "attention",
     "group_norm_silu",
     "kmeans",
     "linear_attention",
