@@ -8,15 +8,18 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "attention/attention.h"
 #include "common/buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "group_norm/group_norm.h"
+#include "linear_attention/linear_attention.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
 #include "scheduler/scheduler.h"
@@ -144,6 +147,94 @@ void group_norm(std::int64_t c, std::int64_t n, std::int64_t groups, bool channe
     t2p::group_norm::backward_cpu(norm, x, statistics.data(), threads, y.data(), sums.data());
     if (threads == 1) first = sums;
     require(first == sums, "the same gradients for any number of threads");
+  }
+}
+
+// Rows of one head beside each other, [rows, 2 heads, channels], and nothing behind the last.
+template <class Rows>
+Rows rows_of(void* data, decltype(Rows::format) format, std::int64_t rows, std::int64_t channels) {
+  return {data, format, rows * 2 * channels, channels, 2 * channels};
+}
+
+// Numbers in any of the three formats; as halves, 0x3000 to 0x3fff are small in both.
+std::vector<char> numbers(std::int64_t count, bool wide) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<char> bytes(count * (wide ? 4 : 2));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float value = normal(random);
+    const std::uint16_t half = 0x3000 | (random() & 0xfff);
+    if (wide) {
+      std::memcpy(bytes.data() + 4 * i, &value, 4);
+    } else {
+      std::memcpy(bytes.data() + 2 * i, &half, 2);
+    }
+  }
+  return bytes;
+}
+
+void attention(std::int64_t m, std::int64_t n, std::int64_t d, std::int64_t e,
+               t2p::attention::Format format) {
+  using t2p::attention::Rows;
+  const bool wide = format == t2p::attention::Format::kF32;
+  std::vector<char> q = numbers(2 * 2 * m * d, wide), k = numbers(2 * 2 * n * d, wide),
+                    v = numbers(2 * 2 * n * e, wide), out = numbers(2 * 2 * m * e, wide), first;
+  std::vector<float> bias(2 * n, -0.5f);
+  const t2p::attention::Attention attention{.q = rows_of<Rows>(q.data(), format, m, d),
+                                            .k = rows_of<Rows>(k.data(), format, n, d),
+                                            .v = rows_of<Rows>(v.data(), format, n, e),
+                                            .bias = m % 2 ? bias.data() : nullptr,
+                                            .b = 2,
+                                            .h = 2,
+                                            .m = m,
+                                            .n = n,
+                                            .d = d,
+                                            .e = e,
+                                            .scale = -0.5f};
+  for (int threads : {1, 2, 5}) {
+    t2p::attention::forward_cpu(attention, threads, rows_of<Rows>(out.data(), format, m, e));
+    if (threads == 1) first = out;
+    require(first == out, "the same attention for any number of threads");
+  }
+}
+
+void linear_attention(std::int64_t n, std::int64_t d, std::int64_t e, bool causal,
+                      t2p::linear_attention::Format format) {
+  using t2p::linear_attention::Rows;
+  const bool wide = format == t2p::linear_attention::Format::kF32;
+  std::vector<char> q = numbers(2 * 2 * n * d, wide), k = q, v = numbers(2 * 2 * n * e, wide),
+                    out = v, first, grad_q = q, grad_k = q, grad_v = v, first_grad;
+  std::vector<float> state(2 * 2 * d * (e + 1), 0.5f), last = state;
+  const auto rows = [&](std::vector<char>& data, std::int64_t channels) {
+    return rows_of<Rows>(data.data(), format, n, channels);
+  };
+  const t2p::linear_attention::Attention attention{
+      .q = rows(q, d),
+      .k = rows(k, d),
+      .v = rows(v, e),
+      .mask = nullptr,
+      .offsets = nullptr,
+      .initial_state = state.data(),
+      .s = 2,
+      .h = 2,
+      .m = n,
+      .n = n,
+      .d = d,
+      .e = e,
+      .feature =
+          n % 2 ? t2p::linear_attention::Feature::kRelu : t2p::linear_attention::Feature::kElu,
+      .causal = causal,
+      .normalize = true,
+      .eps = 1e-15f,
+      .scale = 1};
+  for (int threads : {1, 2, 5}) {
+    t2p::linear_attention::forward_cpu(attention, threads, rows(out, e), last.data());
+    t2p::linear_attention::backward_cpu(
+        attention, threads,
+        {rows(v, e), state.data(), rows(grad_q, d), rows(grad_k, d), rows(grad_v, e), last.data()});
+    if (threads == 1) first = out, first_grad = grad_k;
+    require(first == out && first_grad == grad_k,
+            "the same linear attention for any number of threads");
   }
 }
 
@@ -321,6 +412,20 @@ int main() {
       group_norm(1, 1, 1, channels_last, dtype);
       group_norm(33, 65, 11, channels_last, dtype);
       group_norm(4, 4099, 1, channels_last, dtype);
+    }
+  }
+  for (auto format : {t2p::attention::Format::kF32, t2p::attention::Format::kBf16,
+                      t2p::attention::Format::kF16}) {
+    attention(1, 1, 1, 1, format);
+    attention(33, 66, 7, 33, format);
+    attention(300, 131, 40, 20, format);
+  }
+  for (auto format : {t2p::linear_attention::Format::kF32, t2p::linear_attention::Format::kBf16,
+                      t2p::linear_attention::Format::kF16}) {
+    for (bool causal : {false, true}) {
+      linear_attention(1, 1, 1, causal, format);
+      linear_attention(67, 33, 20, causal, format);
+      linear_attention(1030, 8, 17, causal, format);
     }
   }
   for (bool guided : {false, true}) {

@@ -301,6 +301,26 @@ def test_starting_from_the_embedded_tokenizer() -> None:
     )
 
 
+def test_a_decoder_alone(tmp_path: Path) -> None:
+    source = make_vqgan()
+    source.save_pretrained(tmp_path / "tokenizer")
+    config = vqgan_training(steps=4)
+    loss = dataclasses.replace(
+        config.loss, initialize_from=str(tmp_path / "tokenizer"), decoder_only=True
+    )
+    data = dataclasses.replace(config.data, size=32)
+    out = quiet(
+        VQGANTask(dataclasses.replace(config, data=data, loss=loss)), tmp_path / "r"
+    ).train()
+    after = VQGAN.from_pretrained(out).state_dict()
+    before = source.to(torch.bfloat16).state_dict()
+    changed = {key for key in before if not torch.equal(after[key], before[key])}
+    assert {key.split(".")[0] for key in changed} == {"decoder", "post_quant_conv"}
+    assert {"decoder.conv_in.weight", "decoder.conv_out.weight"} <= changed
+    with pytest.raises(ValueError, match=r"loss.decoder_only is true, but loss.initialize_from"):
+        dataclasses.replace(loss, initialize_from="")
+
+
 def test_starting_from_a_generator(tmp_path: Path) -> None:
     make_vqgan().save_pretrained(tmp_path / "tokenizer")
     config = muse_training(tmp_path, steps=1)

@@ -102,6 +102,9 @@ class VQGANLossConfig:
         initialize_from: a trained tokenizer, a folder or ``"embedded"``, whose encoder and decoder
             this one starts from; the codebook is placed anew, and may have another size. Empty
             for none.
+        decoder_only: trains the decoder of ``initialize_from`` alone. Encoder and codes stay, and
+            with them what every token means to a generator. Every second batch is made half as
+            large, for one decoder to serve both sizes.
         dead_code_threshold: see ``nn.VectorQuantizer``; codes are revived in the first half only,
             since a late revival only duplicates codes.
     """
@@ -115,9 +118,14 @@ class VQGANLossConfig:
     quantize_start: int = 200
     kmeans_pictures: int = 1024
     initialize_from: str = ""
+    decoder_only: bool = False
     dead_code_threshold: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.decoder_only and not self.initialize_from:
+            raise ValueError(
+                "loss.decoder_only is true, but loss.initialize_from names no tokenizer"
+            )
         check_numbers(
             self, "loss.", l1="[0, inf)", l2="[0, inf)", perceptual="[0, inf)",
             adversarial="[0, inf)", adversarial_start="[0, 1e9]", quantize_start="[0, 1e9]",

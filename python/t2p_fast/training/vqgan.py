@@ -42,7 +42,10 @@ class VQGANTask(Task):
         model = VQGAN(config.model)
         model.check_rgb("train vqgan")
         if config.loss.initialize_from:
-            _initialize(model, config.loss.initialize_from)
+            _initialize(model, config.loss.initialize_from, codes=config.loss.decoder_only)
+        if config.loss.decoder_only:
+            for module in (model.encoder, model.quant_conv, model.quantize):
+                module.requires_grad_(False)
         self.modules = {"vqgan": model}
         if config.loss.adversarial > 0:
             self.modules["discriminator"] = PatchDiscriminator()
@@ -73,7 +76,11 @@ class VQGANTask(Task):
         model.quantize.dead_code_threshold = (
             weights.dead_code_threshold if step < self.run.steps // 2 else 0.0
         )
-        if step == weights.quantize_start:
+        if weights.decoder_only:
+            model.quantize.eval()
+            if step % 2:
+                pictures = F.avg_pool2d(pictures, 2)
+        elif step == weights.quantize_start:
             self._place_codes(model)
         with trainer.accelerator.autocast():
             output = vqgan(pictures, quantize=step >= weights.quantize_start)
@@ -131,10 +138,11 @@ class VQGANTask(Task):
         save_sheet(path, rows)
 
 
-def _initialize(model: VQGAN, folder: str) -> None:
-    """Copies everything but the codebook from a trained tokenizer."""
+def _initialize(model: VQGAN, folder: str, *, codes: bool) -> None:
+    """Copies encoder and decoder, and if wanted the codebook, from a trained tokenizer."""
     source = VQGAN.from_pretrained(folder, subfolder=part_of(folder, "vqgan"))
-    state = {k: v for k, v in source.state_dict().items() if not k.startswith("quantize.")}
+    state = source.state_dict()
+    state = {k: v for k, v in state.items() if codes or not k.startswith("quantize.")}
     try:
         model.load_state_dict({**model.state_dict(), **state})
     except RuntimeError as error:
