@@ -21,14 +21,18 @@ from t2p_fast.pipelines.muse import MusePipeline
 
 
 def markovgen_exit_step(steps: int) -> int:
-    """The round of ``steps`` after which the field takes over when nothing is said: half."""
-    return max(1, steps // 2)
+    """The round of ``steps`` after which the field takes over when nothing is said: five eighths.
+
+    By then 44 % of the tokens are drawn. On captions of the validation split that loses nothing;
+    at half of the rounds, with 29 %, a point of the prompt accuracy is lost.
+    """
+    return max(1, steps * 5 // 8)
 
 
 class MarkovGenPipeline(MusePipeline):
     """Draws pictures from prompts in fewer rounds than Muse.
 
-    After ``exit_step`` rounds (by default half of them) one inference in the field finds all tokens
+    After ``exit_step`` rounds (by default five eighths of them) one inference in the field finds all tokens
     that are masked still, and makes them fit each other and those at hand.
 
     Args:
