@@ -19,12 +19,19 @@ inline MutableValues from(MutableValues values, std::int64_t at) {
   return {static_cast<char*>(values.data) + bytes, values.format};
 }
 
+constexpr int kLowRankRows = 4;  // that are taken together
+
 struct Kernels {
   // One row of update_cpu, all arguments [v]; false if its maximum is not finite. `scratch` has v
   // floats and a vector more.
   bool (*update_row)(Values message, const float* unary, Values previous, std::int64_t v,
                      float scale, float damping, float temperature, float* scratch,
                      MutableValues next);
+
+  // low_rank_step_cpu for the rows [first, first + count), at most kLowRankRows. The first whose
+  // maximum is not finite, or -1. `scratch` has kLowRankRows times v floats and a vector.
+  std::int64_t (*low_rank_rows)(const LowRankStep& step, std::int64_t first, std::int64_t count,
+                                float* scratch, float* said, float* q);
 
   // message_cpu for one row, into v floats.
   void (*gather)(const Edges& edges, const Positions& positions, Values q, std::int64_t row,

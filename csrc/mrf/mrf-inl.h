@@ -6,6 +6,7 @@
 #include "common/simd.h"
 #include "mrf/kernels.h"
 #include "mrf/mrf_belief-inl.h"
+#include "mrf/mrf_low_rank-inl.h"
 
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
@@ -246,9 +247,42 @@ bool update_row(Values message, const float* unary, Values previous, std::int64_
   return finite;
 }
 
+std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int64_t count,
+                           float* scratch, float* said, float* q) {
+  const std::int64_t stride = step.v + kLanes;
+  const float* unary[kLowRankRows];
+  float heard[kLowRankRows * kMostRank], answer[kLowRankRows * kMostRank];
+  float largest[kLowRankRows], share[kLowRankRows];
+  for (std::int64_t r = 0; r < kLowRankRows;
+       ++r) {  // the last row also in the place of lacking ones
+    const std::int64_t at = first + (r < count ? r : count - 1);
+    unary[r] = step.unary + step.row[at] * step.v;
+    for (std::int64_t k = 0; step.heard && k < step.k; ++k) {
+      heard[r * step.k + k] = step.heard[at * step.k + k];
+    }
+  }
+  hear(step, unary, step.heard ? heard : nullptr, stride, scratch, largest);
+  std::int64_t bad = -1;
+  for (std::int64_t r = 0; r < count; ++r) {
+    const bool finite = largest[r] > -kInfinity;
+    if (!finite && bad < 0) bad = first + r;
+    const double total = exponentials_of(scratch + r * stride, step.v, largest[r]);
+    share[r] = finite ? static_cast<float>(1.0 / total) : __builtin_nanf("");
+    if (q == nullptr) continue;
+    spread<Format::kF32>(scratch + r * stride, {nullptr, Format::kF32}, step.v, share[r], 0,
+                         {q + step.row[first + r] * step.v, Format::kF32});
+  }
+  if (said == nullptr) return bad;
+  for (std::int64_t r = count; r < kLowRankRows; ++r) share[r] = 0;
+  say(step, scratch, stride, share, answer);
+  for (std::int64_t i = 0; i < count * step.k; ++i) said[first * step.k + i] = answer[i];
+  return bad;
+}
+
 }  // namespace
 
 const Kernels kKernels{.update_row = update_row,
+                       .low_rank_rows = low_rank_rows,
                        .gather = gather,
                        .strip = kStrip,
                        .gather_strip = gather_strip,

@@ -32,6 +32,13 @@ void for_each_row(int threads, std::int64_t r, std::int64_t v, const Body& body)
   });
 }
 
+// Keeps the first of the rows that are noted; a negative one is none.
+void note(std::atomic<std::int64_t>& least, std::int64_t row) {
+  std::int64_t before = least;
+  while (row >= 0 && row < before && !least.compare_exchange_weak(before, row)) {
+  }
+}
+
 // Strips of labels pay where there are several for each thread.
 bool by_strips(const Kernels& kernels, const Positions& positions, std::int64_t v, int threads) {
   return positions.b * v >= 2 * threads * kernels.strip;
@@ -61,11 +68,22 @@ std::int64_t update_cpu(Values message, const float* unary, Values previous, std
                            temperature, scratch, from(next, at))) {
       return;
     }
-    std::int64_t first = bad;
-    while (row < first && !bad.compare_exchange_weak(first, row)) {
-    }
+    note(bad, row);
   });
   return bad < r ? bad.load() : -1;
+}
+
+std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said, float* q) {
+  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  std::atomic<std::int64_t> bad{step.r};
+  parallel_for(threads, ceil_div(step.r, kLowRankRows), [&](std::int64_t task) {
+    thread_local Buffer<float> scratch;
+    scratch.reserve(kLowRankRows * (step.v + kMostLanes));
+    const std::int64_t first = task * kLowRankRows;
+    const std::int64_t count = std::min<std::int64_t>(kLowRankRows, step.r - first);
+    note(bad, kernels.low_rank_rows(step, first, count, scratch.data(), said, q));
+  });
+  return bad < step.r ? bad.load() : -1;
 }
 
 void message_cpu(const Edges& edges, const Positions& positions, Values q, std::int64_t v,

@@ -15,6 +15,8 @@
 
 namespace t2p::mrf {
 
+constexpr std::int64_t kMostRank = 256;  // of label weights that are taken as such
+
 enum class Format { kF32, kBf16 };
 
 struct Values {
@@ -50,6 +52,23 @@ std::int64_t update_cpu(Values message,      // [r, v], or null: 0
                         std::int64_t r, std::int64_t v, float scale, float damping,
                         float temperature, int threads,
                         MutableValues next);  // [r, v], not an input
+
+// An iteration with label weights of low rank, W_c = A B^T, where q itself is not needed: its
+// rows are softmax((unary + heard A^T) / temperature), and `said` is q B. The spatial message is
+// linear, so that W_s (q B) is what the rows hear next.
+struct LowRankStep {
+  const float* unary;       // [., v]
+  const std::int64_t* row;  // [r], the rows of `unary`, and of q, that are meant
+  const float* heard;       // [r, k], or null: 0
+  const float* a;           // [k, v], A^T
+  const float* b;           // [k, v], B^T
+  std::int64_t r, v, k;
+  float temperature;
+};
+// Returns the first of r rows whose maximum is not finite, or -1.
+std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads,
+                               float* said,  // [r, k], or null
+                               float* q);    // [., v], or null
 
 // message[row] = sum_e weight[e] q[node[e]], the spatial message of Algorithm 1, line 3.
 void message_cpu(const Edges& edges, const Positions& positions,

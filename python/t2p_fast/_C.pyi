@@ -141,6 +141,17 @@ def mrf_update(
     next: Tensor,
     threads: int,
 ) -> int: ...
+def mrf_low_rank_step(
+    unary: Tensor,
+    row: Tensor,
+    heard: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    temperature: float,
+    said: Tensor | None,
+    q: Tensor | None,
+    threads: int,
+) -> int: ...
 def mrf_message(
     begin: Tensor,
     node: Tensor,

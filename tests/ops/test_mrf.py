@@ -76,7 +76,9 @@ def _labels(kind: str, v: int, seed: int) -> Label:
     if kind == "dense":
         return 0.5 * _random(v, v, seed=seed + 1)
     if kind == "low rank":
-        return LowRank(0.5 * _random(v, 3, seed=seed + 2), 0.5 * _random(v, 3, seed=seed + 3))
+        rank = 1 + seed % 9
+        a, b = _random(v, rank, seed=seed + 2), _random(v, rank, seed=seed + 3)
+        return LowRank(0.8 * a / rank**0.5, 0.5 * b)
     return 1.3
 
 
@@ -125,6 +127,15 @@ def test_mean_field_is_that_of_the_reference(
         fixed = known >= 0
         assert torch.equal(ours[fixed].argmax(-1), known[fixed])
         assert (ours[fixed].amax(-1) == 1).all()
+
+
+@pytest.mark.parametrize("rank", [1, 256, 257])
+def test_any_rank(rank: int) -> None:
+    """Above 256 the message is made in full."""
+    f, w_s = _random(2, 6, 40, seed=1), _random(6, 6, seed=2)
+    w_c = LowRank(_random(40, rank, seed=3) / rank**0.5, 0.3 * _random(40, rank, seed=4))
+    truth = reference.mrf_mean_field(f.double(), w_s.double(), _labels_of(w_c, 40))
+    torch.testing.assert_close(mrf_mean_field(f, w_s, w_c).double(), truth, rtol=0, atol=3e-5)
 
 
 def _to(weights: Pair | Label, device: torch.device) -> Pair | Label:

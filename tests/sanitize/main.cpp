@@ -301,6 +301,8 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
   }
   const t2p::mrf::Edges edges{begin.data(), node.data(), weight.data()};
   const t2p::mrf::Positions positions{slot.data(), row.data(), 2, n, r};
+  std::vector<float> ranks(5 * v, 0.25f), heard(5 * r, 0.5f), said(5 * r), first_said,
+      full(2 * n * v);
   std::vector<float> messages(4 * n * v), sent(4 * n * v), beliefs(2 * n * v), first;
   const std::vector<std::int64_t> factor_of(2 * n);
   for (int threads : {1, 2, 5}) {
@@ -315,6 +317,18 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
                              {next.data(), Format::kF32});
     if (threads == 1) first = next;
     require(first == next, "the same probabilities for any number of threads");
+    const t2p::mrf::LowRankStep low{.unary = unary.data(),
+                                    .row = row.data(),
+                                    .heard = heard.data(),
+                                    .a = ranks.data(),
+                                    .b = ranks.data(),
+                                    .r = r,
+                                    .v = v,
+                                    .k = 5,
+                                    .temperature = temperature + 1};
+    t2p::mrf::low_rank_step_cpu(low, threads, said.data(), full.data());
+    if (threads == 1) first_said = said;
+    require(first_said == said, "the same words for any number of threads");
     for (const bool known_factors : {false, true}) {
       const t2p::mrf::BeliefStep step{.unary = unary.data(),
                                       .w_c = w_c.data(),

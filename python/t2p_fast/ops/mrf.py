@@ -34,6 +34,16 @@ __all__ = ["mrf_energy", "mrf_mean_field"]
 # Mean field: the kernels, for CPU and CUDA tensors, beside their fake -----------------------------
 
 
+_MOST_RANK = 256  # that the kernel for label weights of low rank takes
+
+
+def _check_labels_known(known: Tensor | None, v: int) -> None:
+    if known is not None and not known.is_cuda and known.numel() and int(known.max()) >= v:
+        raise ValueError(
+            f"mrf_mean_field: known holds label {int(known.max())}, expected less than {v}"
+        )
+
+
 class _Pictures:
     """The positions that are to be found, as rows of one matrix, and which picture each is of."""
 
@@ -46,10 +56,7 @@ class _Pictures:
             self.slot = self.row = everywhere
             self.unary = scores
             return
-        if not known.is_cuda and known.numel() and int(known.max()) >= self.v:
-            raise ValueError(
-                f"mrf_mean_field: known holds label {int(known.max())}, expected less than {self.v}"
-            )
+        _check_labels_known(known, self.v)
         # On CUDA, where finding out would mean to wait, an index out of range must still not be.
         self.known = known = known.clamp_max(self.v - 1)
         flat = known.flatten()
@@ -83,6 +90,54 @@ class _Pictures:
         return full.view(self.b, self.n, self.v)
 
 
+def _low_rank(
+    unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
+    w_c: Tensor, w_b: Tensor, known: Tensor | None, iterations: int, temperature: float,
+) -> Tensor:  # fmt: skip
+    """Mean field with ``W_c = a b^T`` on a CPU: what positions say to each other is ``q b``.
+
+    ``W_s q (a b^T)^T = (W_s (q b)) a^T``, so that mixing costs as much as the rank has numbers,
+    and no message as long as a row is ever made.
+    """
+    b, n, v = unary.shape
+    scores, threads = unary.float().contiguous().view(-1, v), torch.get_num_threads()
+    first, second = w_c.float().t().contiguous(), w_b.float().t().contiguous()
+    edges, matrix = _local_or_dense(w_s.float(), begin, node, height, width, n)
+    q = torch.empty_like(scores)
+    words, mixed = (torch.empty(b * n, first.shape[0]) for _ in range(2))
+    row = everywhere = torch.arange(b * n)
+    if known is not None:
+        flat = known.flatten()
+        row, fixed = ((flat < 0).nonzero()[:, 0], (flat >= 0).nonzero()[:, 0])
+        labels = flat[fixed]
+        words[fixed] = second.t()[labels]
+        q.index_fill_(0, fixed, 0.0)
+        q[fixed, labels] = 1
+    said, heard = torch.empty(len(row), first.shape[0]), None
+    for step in range(iterations + 1):
+        last = step == iterations
+        bad = _C.mrf_low_rank_step(
+            scores, row, heard, first, second, temperature, None if last else said,
+            q if last else None, threads,
+        )  # fmt: skip
+        if bad >= 0 and step == 0:
+            raise _bad_unary(int(row[bad]) % n)
+        if not last:
+            words[row] = said
+            if edges is not None:
+                _C.mrf_message(*edges, everywhere, everywhere, words, mixed, threads)
+            elif matrix is not None:
+                torch.matmul(matrix, words.view(b, n, -1), out=mixed.view(b, n, -1))
+            heard = mixed[row]
+    return q.view(b, n, v).to(unary.dtype)
+
+
+def _bad_unary(position: int) -> ValueError:
+    return ValueError(
+        f"mrf_mean_field: unary of position {position} has a NaN, an infinity, or nothing but -inf"
+    )
+
+
 def _mean_field(
     unary: Tensor,
     w_s: Tensor,
@@ -98,6 +153,12 @@ def _mean_field(
     temperature: float,
     candidates: int,
 ) -> Tensor:
+    small = w_b is not None and w_c.shape[1] <= _MOST_RANK
+    if small and damping == 0 and not unary.is_cuda and w_b is not None:
+        _check_labels_known(known, unary.shape[2])
+        return _low_rank(
+            unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature
+        )
     pictures, threads = _Pictures(unary, known), torch.get_num_threads()
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
@@ -114,10 +175,7 @@ def _mean_field(
     result = torch.empty_like(scores) if low else None
     bad = _C.mrf_update(None, scores, None, 1.0, 0.0, temperature, q, threads)
     if bad >= 0:
-        raise ValueError(
-            f"mrf_mean_field: unary of position {int(pictures.row[bad]) % pictures.n} has a NaN, "
-            f"an infinity, or nothing but -inf"
-        )
+        raise _bad_unary(int(pictures.row[bad]) % pictures.n)
     for step in range(iterations):
         to = result if result is not None and step + 1 == iterations else fresh
         previous = q if damping != 0 else None

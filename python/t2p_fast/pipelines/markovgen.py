@@ -32,8 +32,8 @@ def markovgen_exit_step(steps: int) -> int:
 class MarkovGenPipeline(MusePipeline):
     """Draws pictures from prompts in fewer rounds than Muse.
 
-    After ``exit_step`` rounds (by default five eighths of them) one inference in the field finds all tokens
-    that are masked still, and makes them fit each other and those at hand.
+    After ``exit_step`` rounds (by default five eighths of them) one inference in the field finds
+    all tokens that are masked still, and makes them fit each other and those at hand.
 
     Args:
         text_encoder, muse, vqgan: as in :class:`MusePipeline`.
