@@ -128,6 +128,36 @@ void message(const TensorView& begin, const TensorView& node, const TensorView& 
   message_cpu(edges, positions, from, v, threads, out);
 }
 
+std::int32_t* packed_labels(const TensorView& tensor, std::int64_t v) {
+  constexpr const char* kOp = "mrf_mean_field";
+  T2P_CHECK_TYPE(tensor.is_uint8(), kOp, ": packed must be uint8, got ", tensor.dtype_text());
+  check_array(kOp, "packed", tensor, 4 * packed_labels_size(v));
+  return tensor.data<std::int32_t>();
+}
+
+void pack_labels(const TensorView& w_c, const TensorView& packed, int threads) {
+  constexpr const char* kOp = "mrf_pack";
+  T2P_CHECK_TYPE(w_c.is_bfloat16(), kOp, ": w_c must be bfloat16, got ", w_c.dtype_text());
+  const std::int64_t v = w_c.size(0);
+  check_array(kOp, "w_c", w_c, v * v);
+  std::int32_t* to = packed_labels(packed, v);
+  py::gil_scoped_release nogil;
+  pack_labels_cpu(w_c.data<std::uint16_t>(), v, threads, to);
+}
+
+void label_product(const TensorView& rows, const TensorView& packed, const TensorView& message,
+                   int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  T2P_CHECK_TYPE(rows.is_bfloat16(), kOp, ": rows must be bfloat16, got ", rows.dtype_text());
+  T2P_CHECK(rows.ndim() == 2, kOp, ": rows must be [r, v], got ", rows.shape_text());
+  const std::int64_t r = rows.size(0), v = rows.size(1);
+  check_array(kOp, "rows", rows, r * v);
+  const std::int32_t* labels = packed_labels(packed, v);
+  float* to = floats(kOp, "message", message, r * v);
+  py::gil_scoped_release nogil;
+  label_product_cpu(rows.data<std::uint16_t>(), labels, r, v, threads, to);
+}
+
 void local_step(const TensorView& begin, const TensorView& node, const TensorView& weight,
                 const TensorView& slot, const TensorView& row, const TensorView& q,
                 const TensorView& unary, double scale, double damping, double temperature,
@@ -220,6 +250,10 @@ void bind(py::module_& m) {
         py::arg("said").none(true), py::arg("q").none(true), py::arg("threads"));
   m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
+  m.def("mrf_packed_size", &packed_labels_size, py::arg("v"));
+  m.def("mrf_pack", &pack_labels, py::arg("w_c"), py::arg("packed"), py::arg("threads"));
+  m.def("mrf_label_product", &label_product, py::arg("rows"), py::arg("packed"), py::arg("message"),
+        py::arg("threads"));
   m.def("mrf_local_step", &local_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("unary"), py::arg("scale"),
         py::arg("damping"), py::arg("temperature"), py::arg("next"), py::arg("threads"));

@@ -21,6 +21,9 @@ inline MutableValues from(MutableValues values, std::int64_t at) {
 
 constexpr int kLowRankRows = 4;  // that are taken together
 
+// Of a label product: rows of a tile at most, and pairs of columns that are taken at a time.
+constexpr std::int64_t kMostRows = 12, kPairs = 256, kPanelLabels = 32;
+
 struct Kernels {
   // One row of update_cpu, all arguments [v]; false if its maximum is not finite. `scratch` has v
   // floats and a vector more.
@@ -53,6 +56,17 @@ struct Kernels {
 
   // to += weight * from, for v floats.
   void (*accumulate)(const float* from, float weight, std::int64_t v, float* to);
+
+  // Parts of label_product_cpu, null where there is no instruction for them: rows of a tile and the
+  // pairs [first, first + kPairs) as [kPairs, rows]; labels and the same pairs as
+  // [kPairs, kPanelLabels], both with zeros behind their edges; and sums [tile, stride], begun or
+  // added to, of their products.
+  void (*pack_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
+                    std::int64_t first, std::int32_t* to) = nullptr;
+  void (*pack_labels)(const std::uint16_t* w_c, std::int64_t v, std::int64_t label,
+                      std::int64_t first, std::int32_t* to) = nullptr;
+  void (*multiply)(const std::int32_t* rows, const std::int32_t* labels, std::int64_t tile,
+                   std::int64_t stride, bool begin, float* sums) = nullptr;
 };
 
 // log(a) of mrf.cpp.
@@ -68,6 +82,9 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 namespace avx512_vnni {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 

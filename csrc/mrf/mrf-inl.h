@@ -7,6 +7,9 @@
 #include "mrf/kernels.h"
 #include "mrf/mrf_belief-inl.h"
 #include "mrf/mrf_low_rank-inl.h"
+#if defined(__AVX512BF16__)
+#include "mrf/mrf_product-inl.h"
+#endif
 
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
@@ -288,6 +291,12 @@ const Kernels kKernels{.update_row = update_row,
                        .gather_strip = gather_strip,
                        .put_row = put_row,
                        .send = send,
-                       .accumulate = accumulate};
+                       .accumulate = accumulate,
+#if defined(__AVX512BF16__)
+                       .pack_rows = pack_rows,
+                       .pack_labels = pack_labels,
+                       .multiply = multiply
+#endif
+};
 
 }  // namespace t2p::mrf::T2P_ISA_NAMESPACE

@@ -60,7 +60,7 @@ void message_by_strips(const Kernels& kernels, const Edges& edges, const Positio
 std::int64_t update_cpu(Values message, const float* unary, Values previous, std::int64_t r,
                         std::int64_t v, float scale, float damping, float temperature, int threads,
                         MutableValues next) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   std::atomic<std::int64_t> bad{r};
   for_each_row(threads, r, v, [&](std::int64_t row, float* scratch) {
     const std::int64_t at = row * v;
@@ -88,7 +88,7 @@ std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said
 
 void message_cpu(const Edges& edges, const Positions& positions, Values q, std::int64_t v,
                  int threads, MutableValues message) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   if (by_strips(kernels, positions, v, threads)) {
     return message_by_strips(kernels, edges, positions, q, v, threads, message);
   }
@@ -101,7 +101,7 @@ void message_cpu(const Edges& edges, const Positions& positions, Values q, std::
 void local_step_cpu(const Edges& edges, const Positions& positions, Values q, const float* unary,
                     std::int64_t v, float scale, float damping, float temperature, int threads,
                     MutableValues next) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   const Values previous = damping != 0 ? q : Values{nullptr, q.format};
   const bool strips = next.format == Format::kF32 && by_strips(kernels, positions, v, threads);
   if (strips) message_by_strips(kernels, edges, positions, q, v, threads, next);
@@ -117,7 +117,7 @@ void local_step_cpu(const Edges& edges, const Positions& positions, Values q, co
 
 void belief_step_cpu(const Edges& edges, const BeliefStep& step, const float* from, int threads,
                      float* to) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   // A position's work is some v x v per edge: so many positions are worth a task.
   const std::int64_t size = step.v * std::max<std::int64_t>(step.v / 64, 1);
   for_each_row(threads, step.b * step.count, size, [&](std::int64_t task, float* scratch) {
@@ -130,7 +130,7 @@ void belief_step_cpu(const Edges& edges, const BeliefStep& step, const float* fr
 
 void beliefs_cpu(const Edges& edges, const BeliefStep& step, const float* messages, int threads,
                  float* beliefs) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   for_each_row(threads, step.b * step.n, step.v, [&](std::int64_t row, float*) {
     const std::int64_t picture = row / step.n, i = row % step.n;
     float* belief = beliefs + row * step.v;
@@ -145,7 +145,7 @@ void beliefs_cpu(const Edges& edges, const BeliefStep& step, const float* messag
 std::int64_t icm_cpu(const Edges& edges, const float* unary, const float* w_c,
                      const std::int64_t* known, std::int64_t b, std::int64_t n, std::int64_t v,
                      std::int64_t sweeps, int threads, std::int64_t* labels) {
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   std::atomic<std::int64_t> needed{0};
   parallel_for(threads, b, [&](std::int64_t picture) {
     const Buffer<float> scores(v);
@@ -180,6 +180,71 @@ std::int64_t icm_cpu(const Edges& edges, const float* unary, const float* w_c,
     }
   });
   return needed;
+}
+
+std::int64_t packed_labels_size(std::int64_t v) {
+  const std::int64_t pairs = ceil_div(v, 2), padded = ceil_div(pairs, kPairs) * kPairs;
+  // Where a tenth would be padding, there is nothing to gain.
+  if (T2P_DISPATCH_BF16(kKernels).multiply == nullptr || 10 * padded > 11 * pairs) return 0;
+  return ceil_div(v, kPanelLabels) * kPanelLabels * padded;
+}
+
+void pack_labels_cpu(const std::uint16_t* w_c, std::int64_t v, int threads, std::int32_t* packed) {
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
+  const std::int64_t parts = ceil_div(ceil_div(v, 2), kPairs), panels = ceil_div(v, kPanelLabels);
+  parallel_for(threads, panels, [&](std::int64_t panel) {
+    for (std::int64_t part = 0; part < parts; ++part) {
+      kernels.pack_labels(w_c, v, panel * kPanelLabels, part * kPairs,
+                          packed + (part * panels + panel) * kPairs * kPanelLabels);
+    }
+  });
+}
+
+void label_product_cpu(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
+                       std::int64_t v, int threads, float* message) {
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
+  if (r == 0) return;
+  // Tiles of equal height, or one row less.
+  const std::int64_t tiles = ceil_div(r, kMostRows), parts = ceil_div(ceil_div(v, 2), kPairs);
+  const auto first_row = [&](std::int64_t tile) { return tile * r / tiles; };
+  const Buffer<std::int32_t> tiled(parts * kPairs * r);
+  parallel_for(threads, parts, [&](std::int64_t part) {
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const std::int64_t row = first_row(tile);
+      kernels.pack_rows(rows + row * v, first_row(tile + 1) - row, v, part * kPairs,
+                        tiled.data() + (part * r + row) * kPairs);
+    }
+  });
+  // A task's sums and a part of its rows fit into the second cache: so many tiles and panels, or
+  // fewer panels where that leaves too few tasks.
+  constexpr std::int64_t kTiles = 32, kPanels = 8;
+  const std::int64_t panels = ceil_div(v, kPanelLabels), groups = ceil_div(tiles, kTiles);
+  const std::int64_t width =
+      std::clamp<std::int64_t>(panels * groups / (2 * std::int64_t{threads}), 1, kPanels);
+  const std::int64_t blocks = ceil_div(panels, width);
+  parallel_for(threads, groups * blocks, [&](std::int64_t task) {
+    const std::int64_t first_tile = task / blocks * kTiles;
+    const std::int64_t last_tile = std::min(first_tile + kTiles, tiles);
+    const std::int64_t begin = task % blocks * width, end = std::min(begin + width, panels);
+    const std::int64_t stride = (end - begin) * kPanelLabels, top = first_row(first_tile);
+    thread_local Buffer<float> sums;
+    sums.reserve((first_row(last_tile) - top) * stride);
+    for (std::int64_t part = 0; part < parts; ++part) {
+      for (std::int64_t panel = begin; panel < end; ++panel) {
+        const std::int32_t* labels = packed + (part * panels + panel) * kPairs * kPanelLabels;
+        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
+          const std::int64_t row = first_row(tile);
+          kernels.multiply(tiled.data() + (part * r + row) * kPairs, labels,
+                           first_row(tile + 1) - row, stride, part == 0,
+                           sums.data() + (row - top) * stride + (panel - begin) * kPanelLabels);
+        }
+      }
+    }
+    const std::int64_t label = begin * kPanelLabels, count = std::min(stride, v - label);
+    for (std::int64_t row = top; row < first_row(last_tile); ++row) {
+      std::copy_n(sums.data() + (row - top) * stride, count, message + row * v + label);
+    }
+  });
 }
 
 }  // namespace t2p::mrf

@@ -123,6 +123,16 @@ std::int64_t icm_cpu(const Edges& edges, const float* unary,  // [b, n, v]
                      int threads,
                      std::int64_t* labels);  // [b, n], the start and the result
 
+// message = rows W_c^T in bfloat16, with exact products and sums in float32, from W_c as
+// pack_labels_cpu lays it out; packed_labels_size is the number of words it takes, or 0 where the
+// processor has no instruction for it or a lot of that would be padding.
+std::int64_t packed_labels_size(std::int64_t v);
+void pack_labels_cpu(const std::uint16_t* w_c,  // [v, v]
+                     std::int64_t v, int threads, std::int32_t* packed);
+void label_product_cpu(const std::uint16_t* rows,  // [r, v]
+                       const std::int32_t* packed, std::int64_t r, std::int64_t v, int threads,
+                       float* message);  // [r, v]
+
 void update_cuda(Values message, const float* unary, Values previous, std::int64_t r,
                  std::int64_t v, float scale, float damping, float temperature, int device,
                  void* stream, MutableValues next);

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MarkovGen's field: a fresh one changes nothing, known tokens stay, it learns what fits."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,23 @@ def test_it_learns_which_tokens_stand_together() -> None:
     tokens[:, 1::4] = 6
     tokens[:, 2::4] = 6
     assert (mrf.finish(torch.zeros(64, 16, 6), tokens) == rows).float().mean() > 0.98
+
+
+def test_packed_labels_are_kept_until_they_change() -> None:
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=512, token_grid=3)).bfloat16().eval()
+    assert mrf.train()._packed_labels() is None
+    first = mrf.eval()._packed_labels()
+    assert first is mrf._packed_labels()
+    with torch.no_grad():
+        mrf.w_c.normal_()
+    second = mrf._packed_labels()
+    assert second is not first
+    unary, known = torch.randn(1, 9, 512), torch.tensor([[3, -1, -1, 5, -1, 6, 7, 8, 9]])
+    with torch.no_grad():
+        kept, fresh = mrf(unary, known), mrf.train()(unary, known)
+    torch.testing.assert_close(kept, fresh, rtol=0, atol=2e-2)
+    assert copy.deepcopy(mrf)._packed is None
 
 
 def test_checkpoint(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from t2p_fast.ops import (
     grid_neighbours,
     mrf_energy,
     mrf_mean_field,
+    mrf_pack,
 )
 
 pytestmark = [
@@ -136,6 +137,43 @@ def test_any_rank(rank: int) -> None:
     w_c = LowRank(_random(40, rank, seed=3) / rank**0.5, 0.3 * _random(40, rank, seed=4))
     truth = reference.mrf_mean_field(f.double(), w_s.double(), _labels_of(w_c, 40))
     torch.testing.assert_close(mrf_mean_field(f, w_s, w_c).double(), truth, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(("v", "unknown"), [(512, 66), (1023, 7), (1024, 128), (1024, 129)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
+    """They change nothing but the rounding of messages, which is less with them."""
+    f = _random(2, 80, v, seed=1)
+    w_s, w_c = _random(80, 80, seed=2) / 9, (0.2 * _random(v, v, seed=3)).bfloat16()
+    known = torch.randint(0, v, (2, 80), generator=torch.Generator().manual_seed(4))
+    known.view(-1)[torch.randperm(160, generator=torch.Generator().manual_seed(5))[:unknown]] = -1
+    truth = reference.mrf_mean_field(
+        f.double(), w_s.double(), w_c.double(), iterations=3, known=known
+    )
+    packed, before = mrf_pack(w_c), torch.get_num_threads()
+    assert packed.numel() in (0, 4 * -(-v // 32) * 32 * -(-v // 512) * 256)
+    try:
+        torch.set_num_threads(threads)
+        ours = mrf_mean_field(f, w_s, w_c, iterations=3, known=known, packed=packed)
+    finally:
+        torch.set_num_threads(before)
+    plain = mrf_mean_field(f, w_s, w_c, iterations=3, known=known)
+    assert float((ours - truth).abs().max()) <= max(2e-2, float((plain - truth).abs().max()))
+
+
+def test_packing_label_weights_refuses() -> None:
+    with pytest.raises(TypeError, match="mrf_pack: w_c must be bfloat16, got float32"):
+        mrf_pack(torch.zeros(4, 4))
+    with pytest.raises(
+        ValueError, match=r"mrf_pack: w_c must be \[v, v\] with v >= 1, got \[4, 5\]"
+    ):
+        mrf_pack(torch.zeros(4, 5).bfloat16())
+    f, w_s, w_c = torch.zeros(1, 2, 512), torch.zeros(2, 2), torch.zeros(512, 512).bfloat16()
+    with pytest.raises(ValueError, match="mrf_mean_field: packed must be what mrf_pack returned"):
+        mrf_mean_field(f, w_s, w_c, packed=torch.zeros(4))
+    if mrf_pack(w_c).numel():
+        with pytest.raises(ValueError, match="mrf_mean_field: packed must have"):
+            mrf_mean_field(f, w_s, w_c, packed=torch.zeros(8, dtype=torch.uint8))
 
 
 def _to(weights: Pair | Label, device: torch.device) -> Pair | Label:

@@ -8,12 +8,14 @@ CVPR 2024, arXiv 2308.10997, section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from t2p_fast.checkpoints import PretrainedModel, check_numbers
-from t2p_fast.ops import LowRank, mrf_mean_field
+from t2p_fast.nn._packed import WeightState, can_be_kept
+from t2p_fast.ops import LowRank, mrf_mean_field, mrf_pack
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class TokenMRF(PretrainedModel):
         self.w_s = nn.Parameter(torch.empty(n, n))
         self.w_c = nn.Parameter(torch.empty(v, r if r > 0 else v))
         self.w_b: nn.Parameter | None = nn.Parameter(torch.empty(v, r)) if r > 0 else None
+        self._packed: tuple[WeightState, Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -82,7 +85,22 @@ class TokenMRF(PretrainedModel):
             ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`.
         """
         w_c = self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
-        return mrf_mean_field(unary, self.w_s, w_c, iterations=self.config.iterations, known=known)
+        return mrf_mean_field(
+            unary, self.w_s, w_c, iterations=self.config.iterations, known=known,
+            packed=self._packed_labels(),
+        )  # fmt: skip
+
+    def _packed_labels(self) -> Tensor | None:
+        """Label weights in bfloat16, outside of training: packed once for all calls."""
+        weight = self.w_c
+        if self.w_b is not None or weight.dtype != torch.bfloat16 or not can_be_kept(self, weight):
+            return None
+        if self._packed is None or not self._packed[0].is_still(weight):
+            self._packed = WeightState.of(weight), mrf_pack(weight)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2p_fast.nn._packed import WeightState, can_be_kept
 from t2p_fast.ops import kmeans, vq_lookup, vq_nearest, vq_pack, vq_quantize
 
 
@@ -53,14 +54,9 @@ def rotate_gradient(x: Tensor, codes: Tensor, dim: int) -> Tensor:
 
 
 class _PackedCodes(NamedTuple):
-    weight: Tensor  # held, so that no other tensor comes to lie where it does
-    version: int
+    state: WeightState
     codes: Tensor
     packed: Tensor
-
-    def are_of(self, weight: Tensor) -> bool:
-        same = weight.data_ptr() == self.weight.data_ptr() and weight.shape == self.weight.shape
-        return same and weight.dtype == self.weight.dtype and weight._version == self.version
 
 
 class VectorQuantizer(nn.Module):
@@ -195,12 +191,11 @@ class VectorQuantizer(nn.Module):
 
     def _packed_codes(self) -> tuple[Tensor, Tensor | None]:
         weight = self.codebook
-        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
-        if self.training or weight.is_cuda or torch.compiler.is_compiling() or not plain:
+        if not can_be_kept(self, weight):
             return self.codes(), None
-        if self._packed is None or not self._packed.are_of(weight):
+        if self._packed is None or not self._packed.state.is_still(weight):
             codes = self.codes()
-            self._packed = _PackedCodes(weight.detach(), weight._version, codes, vq_pack(codes))
+            self._packed = _PackedCodes(WeightState.of(weight), codes, vq_pack(codes))
         return self._packed.codes, self._packed.packed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product with dense label weights in bfloat16, with the instruction that multiplies two pairs
+// and adds both products to a float32. Included once per ISA, by those that have it.
+//
+// The lanes of a vector are labels: W_c is laid out so that 32 labels lie side by side for each
+// pair of its columns. Rows come in tiles of as many as have their sums in registers.
+#pragma once
+
+#include "common/simd.h"
+#include "mrf/kernels.h"
+
+namespace t2p::mrf::T2P_ISA_NAMESPACE {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;  // labels
+
+// 16 rows and 16 pairs of W_c as [16 pairs, kPanel], `to` being in the left or right half of it.
+T2P_INLINE void turn(const std::int32_t* from, std::int64_t stride, std::int32_t* to) {
+  for (int c = 0; c < kLanes; c += 4) {
+    F32 quads[4];
+    for (int i = 0; i < 4; ++i) {
+      quads[i] = load_quads(reinterpret_cast<const float*>(from + i * stride + c), 4 * stride);
+    }
+    transpose_quads(quads);
+    for (int i = 0; i < 4; ++i) store(to + (c + i) * kPanel, as_i32(quads[i]));
+  }
+}
+
+// The pair number p of a row of v words.
+T2P_INLINE std::int32_t pair_of(const std::uint16_t* row, std::int64_t v, std::int64_t p) {
+  const std::uint32_t low = 2 * p < v ? row[2 * p] : 0, high = 2 * p + 1 < v ? row[2 * p + 1] : 0;
+  return static_cast<std::int32_t>(low | high << 16);
+}
+
+void pack_labels(const std::uint16_t* w_c, std::int64_t v, std::int64_t label, std::int64_t first,
+                 std::int32_t* to) {
+  for (std::int64_t half = 0; half < kPanel; half += kLanes) {
+    for (std::int64_t p = 0; p < kPairs; p += kLanes) {
+      const std::int64_t begin = label + half;
+      if (v % 2 == 0 && begin + kLanes <= v && first + p + kLanes <= v / 2) {
+        const auto* words = reinterpret_cast<const std::int32_t*>(w_c) + begin * (v / 2);
+        turn(words + first + p, v / 2, to + p * kPanel + half);
+        continue;
+      }
+      std::int32_t block[kLanes * kLanes] = {};
+      for (std::int64_t i = 0; i < kLanes && begin + i < v; ++i) {
+        for (std::int64_t j = 0; j < kLanes; ++j) {
+          block[i * kLanes + j] = pair_of(w_c + (begin + i) * v, v, first + p + j);
+        }
+      }
+      turn(block, kLanes, to + p * kPanel + half);
+    }
+  }
+}
+
+// sums [kRows, stride] += rows [kPairs, kRows] times labels [kPairs, kPanel].
+template <int kRows>
+void multiply_tile(const std::int32_t* rows, const std::int32_t* labels, std::int64_t stride,
+                   bool begin, float* sums) {
+  F32 left[kRows], right[kRows];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    left[i] = begin ? broadcast(0.0f) : load(sums + i * stride);
+    right[i] = begin ? broadcast(0.0f) : load(sums + i * stride + kLanes);
+  }
+  for (std::int64_t p = 0; p < kPairs; ++p, rows += kRows, labels += kPanel) {
+    __builtin_prefetch(labels + kPairs * kPanel, 0, 2);  // the panel after this one
+    __builtin_prefetch(labels + kPairs * kPanel + kLanes, 0, 2);
+    const I32 a = load(labels), b = load(labels + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const I32 word = broadcast(rows[i]);
+      left[i] = dot_bf16(left[i], word, a);
+      right[i] = dot_bf16(right[i], word, b);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    store(sums + i * stride, left[i]);
+    store(sums + i * stride + kLanes, right[i]);
+  }
+}
+
+using Multiply = void (*)(const std::int32_t*, const std::int32_t*, std::int64_t, bool, float*);
+constexpr Multiply kMultiply[kMostRows] = {multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
+                                           multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
+                                           multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>,
+                                           multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+
+void multiply(const std::int32_t* rows, const std::int32_t* labels, std::int64_t tile,
+              std::int64_t stride, bool begin, float* sums) {
+  kMultiply[tile - 1](rows, labels, stride, begin, sums);
+}
+
+void pack_rows(const std::uint16_t* rows, std::int64_t count, std::int64_t v, std::int64_t first,
+               std::int32_t* to) {
+  for (std::int64_t p = 0; p < kPairs; ++p) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      to[p * count + i] = pair_of(rows + i * v, v, first + p);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace t2p::mrf::T2P_ISA_NAMESPACE
