@@ -29,7 +29,7 @@ SWAPPED = {
     "ldm": {"scheduler", "group_norm", "vq", "attention"},
     "ddpm": {"scheduler", "group_norm", "attention"},
     "amused": {"scheduler", "group_norm", "vq", "attention"},
-    "sana": {"scheduler", "linear_attention"},
+    "sana": {"scheduler", "linear_attention", "attention"},
     "unet": {"group_norm", "attention"},
 }
 

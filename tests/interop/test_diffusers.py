@@ -230,8 +230,8 @@ def test_linear_attention_of_sana() -> None:
         expected = model(*inputs).sample
         before = [block.attn1.processor for block in model.transformer_blocks]
         swapped = interop.accelerate(model)
-        assert [s.op for s in swapped.swaps] == ["linear_attention"] * 2
-        assert swapped.swaps[1].path == "transformer_blocks.1.attn1.processor"
+        assert sorted(s.op for s in swapped.swaps) == ["attention"] * 2 + ["linear_attention"] * 2
+        assert swapped.swaps[-1].path == "transformer_blocks.1.attn2.processor"
         torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
         assert not interop.accelerate(model).swaps  # a second time finds nothing
         with torch.autocast("cpu", torch.bfloat16):  # the processor before does these

@@ -43,7 +43,31 @@ def test_processor_with_norms_in_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_transformer_with_our_processor() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
+def test_attention_to_a_text_is_that_of_diffusers(dtype: torch.dtype, qk_norm: str | None) -> None:
+    from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+
+    torch.manual_seed(0)
+    layer = attention_processor.Attention(
+        query_dim=64, cross_attention_dim=24, heads=4, dim_head=16, qk_norm=qk_norm, bias=True,
+        kv_heads=4 if qk_norm else None, processor=SanaAttnProcessor2_0(),
+    ).to(dtype)  # fmt: skip
+    x, text = torch.randn(2, 50, 64, dtype=dtype), torch.randn(2, 9, 24, dtype=dtype)
+    padding = torch.zeros(2, 1, 9, dtype=dtype)
+    padding[0, 0, 5:] = -10000.0
+    every_query = padding.expand(2, 50, 9).repeat_interleave(4, 0)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+    for mask in (None, padding, every_query):
+        with torch.no_grad():
+            layer.set_processor(SanaAttnProcessor2_0())
+            expected = layer(x, text, mask)
+            layer.set_processor(sana.SanaAttnProcessor2_0())
+            found = layer(x, text, mask)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_transformer_with_our_processors() -> None:
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
     torch.manual_seed(0)
@@ -57,5 +81,6 @@ def test_transformer_with_our_processor() -> None:
         expected = model(x, text, t).sample
         for block in model.transformer_blocks:
             block.attn1.set_processor(sana.SanaLinearAttnProcessor2_0())
+            block.attn2.set_processor(sana.SanaAttnProcessor2_0())
         found = model(x, text, t).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from t2p_fast.ops import attention
 
-__all__ = ["AttnProcessor2_0"]
+__all__ = ["AttnProcessor2_0", "is_key_bias"]
+
+
+def is_key_bias(mask: Tensor | None, b: int, n: int) -> bool:
+    """Whether a mask, if there is one, is floats ``[b, 1, n]``: one for all queries and heads."""
+    return mask is None or (mask.shape == (b, 1, n) and mask.is_floating_point())
 
 
 class AttnProcessor2_0:
@@ -39,10 +44,7 @@ class AttnProcessor2_0:
         """
         x = hidden_states
         n = x.shape[1] if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        odd_mask = attention_mask is not None and (
-            attention_mask.shape != (x.shape[0], 1, n) or not attention_mask.is_floating_point()
-        )
-        if odd_mask or args or kwargs:
+        if not is_key_bias(attention_mask, x.shape[0], n) or args or kwargs:
             result: Tensor = self.before(
                 attn, x, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )

@@ -18,13 +18,14 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models import attention_processor
 from diffusers.models.autoencoders.vae import Decoder, Encoder, VectorQuantizer
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import sana_transformer
 from torch import Tensor, nn
 
 from t2p_fast import schedulers
 from t2p_fast._checks import check_choice, describe
 from t2p_fast.interop.amused import AmusedScheduler
 from t2p_fast.interop.attention_processor import AttnProcessor2_0
-from t2p_fast.interop.sana import SanaLinearAttnProcessor2_0
+from t2p_fast.interop.sana import SanaAttnProcessor2_0, SanaLinearAttnProcessor2_0
 from t2p_fast.ops import group_norm_silu, vq_nearest
 
 __all__ = ["Acceleration", "Swap", "accelerate"]
@@ -304,12 +305,16 @@ def _swap_vq(path: str, part: Any, done: Acceleration) -> None:
 
 def _swap_attention(path: str, part: Any, done: Acceleration) -> None:
     before = getattr(part, "processor", None)
-    if type(part) is attention_processor.Attention and (
-        type(before) is attention_processor.AttnProcessor2_0
+    if type(part) is not attention_processor.Attention:
+        return
+    for theirs, ours in (
+        (attention_processor.AttnProcessor2_0, AttnProcessor2_0),
+        (sana_transformer.SanaAttnProcessor2_0, SanaAttnProcessor2_0),
     ):
-        done.replace(part, "processor", AttnProcessor2_0(before))
-        what = "AttnProcessor2_0 -> attention"
-        done.swaps.append(Swap("attention", f"{path}.processor".lstrip("."), what))
+        if type(before) is theirs:
+            done.replace(part, "processor", ours(before))
+            what = f"{theirs.__name__} -> attention"
+            done.swaps.append(Swap("attention", f"{path}.processor".lstrip("."), what))
 
 
 # Linear attention ---------------------------------------------------------------------------------
