@@ -10,6 +10,35 @@
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
 
+// unary + heard A^T of kLowRankRows rows, for `kVectors` vectors of labels from `a` on; or, if
+// there are fewer labels left than one vector has lanes, for `count` of them.
+template <int kVectors>
+T2P_INLINE void add_heard(const LowRankStep& step, const float* const (&unary)[kLowRankRows],
+                          const float* heard, std::int64_t a, int count,
+                          F32 (&x)[kLowRankRows][kVectors]) {
+  const auto read = [&](const float* from) {
+    return kVectors == 1 && count < kLanes ? load_first(from, count) : load(from);
+  };
+#pragma GCC unroll 4
+  for (int r = 0; r < kLowRankRows; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; ++i) x[r][i] = read(unary[r] + a + i * kLanes);
+  }
+  if (heard == nullptr) return;
+  const float* weights = step.a + a;
+  for (std::int64_t k = 0; k < step.k; ++k, weights += step.v) {
+    F32 weight[kVectors];
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; ++i) weight[i] = read(weights + i * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kLowRankRows; ++r) {
+      const F32 number = broadcast(heard[r * step.k + k]);
+#pragma GCC unroll 2
+      for (int i = 0; i < kVectors; ++i) x[r][i] = multiply_add(number, weight[i], x[r][i]);
+    }
+  }
+}
+
 // (unary + heard A^T) / temperature of kLowRankRows rows into scratch [rows, stride], filled up
 // with -inf to a whole vector; the largest of each row, or NaN if there is a NaN or +inf.
 void hear(const LowRankStep& step, const float* const (&unary)[kLowRankRows], const float* heard,
@@ -19,34 +48,32 @@ void hear(const LowRankStep& step, const float* const (&unary)[kLowRankRows], co
   F32 most[kLowRankRows];
   std::uint32_t below[kLowRankRows];
   for (int r = 0; r < kLowRankRows; ++r) most[r] = broadcast(-kInfinity), below[r] = kAll;
-  for (std::int64_t a = 0; a < step.v; a += kLanes) {
+  const auto keep = [&](int r, std::int64_t a, int count, F32 x) {
+    float* to = scratch + r * stride + a;
+    x = mul(x, inverse);
+    store(to, x);
+    if (count < kLanes) {
+      for (int i = count; i < kLanes; ++i) to[i] = -kInfinity;
+      x = load(to);
+    }
+    below[r] &= bits(less(x, high));
+    most[r] = max(x, most[r]);
+  };
+  std::int64_t a = 0;
+  for (; a + 2 * kLanes <= step.v; a += 2 * kLanes) {
+    F32 x[kLowRankRows][2];
+    add_heard<2>(step, unary, heard, a, kLanes, x);
+#pragma GCC unroll 4
+    for (int r = 0; r < kLowRankRows; ++r) {
+      keep(r, a, kLanes, x[r][0]);
+      keep(r, a + kLanes, kLanes, x[r][1]);
+    }
+  }
+  for (; a < step.v; a += kLanes) {
     const int count = static_cast<int>(step.v - a < kLanes ? step.v - a : kLanes);
-    F32 x[kLowRankRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kLowRankRows; ++r) {
-      x[r] = count == kLanes ? load(unary[r] + a) : load_first(unary[r] + a, count);
-    }
-    if (heard) {
-      const float* weights = step.a + a;
-      for (std::int64_t k = 0; k < step.k; ++k, weights += step.v) {
-        const F32 weight = count == kLanes ? load(weights) : load_first(weights, count);
-#pragma GCC unroll 4
-        for (int r = 0; r < kLowRankRows; ++r) {
-          x[r] = multiply_add(broadcast(heard[r * step.k + k]), weight, x[r]);
-        }
-      }
-    }
-    for (int r = 0; r < kLowRankRows; ++r) {
-      float* to = scratch + r * stride + a;
-      x[r] = mul(x[r], inverse);
-      store(to, x[r]);
-      if (count < kLanes) {
-        for (int i = count; i < kLanes; ++i) to[i] = -kInfinity;
-        x[r] = load(to);
-      }
-      below[r] &= bits(less(x[r], high));
-      most[r] = max(x[r], most[r]);
-    }
+    F32 x[kLowRankRows][1];
+    add_heard<1>(step, unary, heard, a, count, x);
+    for (int r = 0; r < kLowRankRows; ++r) keep(r, a, count, x[r][0]);
   }
   for (int r = 0; r < kLowRankRows; ++r) {
     largest[r] = below[r] == kAll ? reduce_max(most[r]) : __builtin_nanf("");

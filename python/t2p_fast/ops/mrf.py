@@ -128,7 +128,9 @@ def _low_rank(
             if edges is not None:
                 _C.mrf_message(*edges, everywhere, everywhere, words, mixed, threads)
             elif matrix is not None:
-                torch.matmul(matrix, words.view(b, n, -1), out=mixed.view(b, n, -1))
+                # One product for all pictures: torch takes many small ones one by one.
+                beside = words.view(b, n, -1).transpose(0, 1).flatten(1)
+                mixed = (matrix @ beside).view(n, b, -1).transpose(0, 1).flatten(0, 1)
             heard = mixed[row]
     return q.view(b, n, v).to(unary.dtype)
 
