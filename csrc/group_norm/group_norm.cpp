@@ -79,13 +79,18 @@ void set_affine(const Norm& norm, const double* statistics, std::int64_t b, std:
   offset = static_cast<float>(unit * (gain.bias - (s[0] - centre) * s[1] * gain.factor));
 }
 
-// Calls body(b * blocks + block, b, first position, positions) for all blocks of positions.
+// Calls body(b * blocks + block, b, first position, positions) for all blocks of positions. A task
+// is several neighbours, so that kernels can fetch the next one ahead.
 template <class Body>
 void for_row_blocks(const Norm& norm, int threads, const Body& body) {
-  const std::int64_t blocks = ceil_div(norm.n, kRows);
-  parallel_for(threads, norm.b * blocks, [&](std::int64_t task) {
-    const std::int64_t b = task / blocks, first = task % blocks * kRows;
-    body(task, b, first, static_cast<int>(std::min<std::int64_t>(kRows, norm.n - first)));
+  const std::int64_t blocks = ceil_div(norm.n, kRows), all = norm.b * blocks;
+  const std::int64_t run = std::clamp<std::int64_t>(all / (8 * threads), 1, 16);
+  parallel_for(threads, ceil_div(all, run), [&](std::int64_t task) {
+    for (std::int64_t block = task * run; block < std::min(all, (task + 1) * run); ++block) {
+      const std::int64_t first = block % blocks * kRows;
+      body(block, block / blocks, first,
+           static_cast<int>(std::min<std::int64_t>(kRows, norm.n - first)));
+    }
   });
 }
 
