@@ -18,9 +18,9 @@ T2P_INLINE void philox_even(I32 (&w)[4], std::uint64_t seed) {
     const I32 product1 = multiply_even(w[2], philox::kMultiplier1);
     const I32 k0 = broadcast(static_cast<std::int32_t>(key0));
     const I32 k1 = broadcast(static_cast<std::int32_t>(key1));
-    w[0] = bit_xor(bit_xor(odd_to_even(product1), w[1]), k0);
+    w[0] = bit_xor(odd_to_even(product1), w[1], k0);
     w[1] = product1;
-    w[2] = bit_xor(bit_xor(odd_to_even(product0), w[3]), k1);
+    w[2] = bit_xor(odd_to_even(product0), w[3], k1);
     w[3] = product0;
     key0 += philox::kWeyl0;
     key1 += philox::kWeyl1;

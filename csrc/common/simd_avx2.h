@@ -216,6 +216,7 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm256_slli_epi32(a.v, kBits)};

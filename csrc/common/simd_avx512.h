@@ -247,6 +247,9 @@ T2P_INLINE F32 exp2_coarse(F32 a) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
+  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
+}
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm512_slli_epi32(a.v, kBits)};

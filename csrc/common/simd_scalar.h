@@ -213,6 +213,7 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
