@@ -177,7 +177,7 @@ class Scheduler(Configurable):
         if generator is not None or torch.compiler.is_compiling():
             return randn(like.shape, generator, like.device, like.dtype), False, 0
         _SEED.random_()
-        return None, True, _SEED_VALUE[()] & _MASK
+        return None, True, _SEED_VALUE.item() & _MASK
 
     def _run(
         self,
@@ -235,4 +235,4 @@ class Scheduler(Configurable):
 
 
 _SEED = torch.zeros((), dtype=torch.int64)
-_SEED_VALUE = memoryview(_SEED.numpy())  # reads it in a tenth of the time of int(_SEED)
+_SEED_VALUE = _SEED.numpy()  # its item() takes a tenth of the time of int(_SEED)
