@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Channels, groups and positions about the edges of vectors (4, 8, 16), tiles of channels (32),
-# blocks (8192 elements in runs of 2048, 64 positions) and of what one thread does alone (16384 elements).
+# blocks (8192 elements in runs of 2048, 64 positions) and of what one thread does alone (16384).
 SHAPES = [
     ((1, 1), 1), ((3, 6), 2), ((2, 32, 1, 1), 4), ((1, 4, 7), 2), ((2, 6, 5, 7), 3),
     ((2, 33, 8, 8), 11), ((1, 40, 8, 8), 40), ((2, 48, 3, 3), 1), ((1, 3, 27, 29), 3),
