@@ -82,13 +82,12 @@ Moments block_of(const void* x, std::int64_t at, int count) {
   return {centre + sum / count, square - sum * sum / count};
 }
 
-// What the next block has of a tile's row at x[at], if there is one; no address is wrong here. The
-// rows of a tile are too far apart for the processor to guess it.
-template <Dtype kDtype>
-T2P_INLINE void prefetch_row(const void* x, std::int64_t at) {
+// Brings `kCount` elements from x[at] on nearer, where there are any: no address is wrong here.
+template <Dtype kDtype, int kCount>
+T2P_INLINE void prefetch(const void* x, std::int64_t at) {
   constexpr std::int64_t kBytes = sizeof(typename Element<kDtype>::Type);
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x) + at * kBytes;
-  for (std::int64_t byte = 0; byte < kTile * kBytes; byte += 64) {
+  for (std::int64_t byte = 0; byte < kCount * kBytes; byte += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(begin + byte), 0, 2);
   }
 }
@@ -115,7 +114,8 @@ T2P_INLINE void tile_of(const void* x, std::int64_t at, std::int64_t c, int rows
     F32 sums[kVectors], squares[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = squares[v] = broadcast(0.0f);
     for (int row = 0; row < rows; ++row) {
-      prefetch_row<kDtype>(x, at + (row + kRows) * c);
+      // The next block's: rows of a tile are too far apart for the processor to guess it.
+      prefetch<kDtype, kTile>(x, at + (row + kRows) * c);
       for (int v = 0; v < kVectors; ++v) {
         const F32 d = sub(vector_at(row, v), m[v]);
         sums[v] = add(sums[v], d);
@@ -178,12 +178,13 @@ T2P_INLINE void apply_vectors(const Norm& norm, const AffineOf<kEach>& a, std::i
 
 template <Dtype kDtype, bool kEach, bool kSilu, bool kStream>
 T2P_INLINE void apply_span(const Norm& norm_in, const Affine& affine, std::int64_t at,
-                           std::int64_t count, void* y) {
+                           std::int64_t count, std::int64_t ahead, void* y) {
   const Norm norm = norm_in;  // out of reach of what the loop writes
   const AffineOf<kEach> a{Coefficients<kEach>(affine.centre), Coefficients<kEach>(affine.factor),
                           Coefficients<kEach>(affine.offset)};
   std::int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    if constexpr (!kEach) prefetch<kDtype, 2 * kLanes>(norm.x, at + i + ahead);
     apply_vectors<2, kDtype, kEach, kSilu, true, kStream>(norm, a, at, i, 0, y);
   }
   if (i + kLanes <= count) {
@@ -248,10 +249,10 @@ T2P_INLINE bool is_aligned(const void* y, std::int64_t at, std::int64_t count) {
          count % kLanes == 0;
 }
 
-void apply_one(const Norm& norm, const Affine& a, std::int64_t at, std::int64_t count, bool large,
-               void* y) {
+void apply_one(const Norm& norm, const Affine& a, std::int64_t at, std::int64_t count,
+               std::int64_t ahead, bool large, void* y) {
   with_kind(norm, large && is_aligned(y, at, count), [&]<Dtype kDtype, bool kSilu, bool kStream>() {
-    apply_span<kDtype, false, kSilu, kStream>(norm, a, at, count, y);
+    apply_span<kDtype, false, kSilu, kStream>(norm, a, at, count, ahead, y);
   });
 }
 
@@ -259,7 +260,7 @@ void apply_each(const Norm& norm, const Affine& a, std::int64_t at, int rows, bo
   with_kind(norm, large && is_aligned(y, at, norm.c),
             [&]<Dtype kDtype, bool kSilu, bool kStream>() {
               for (std::int64_t row = at; row < at + rows * norm.c; row += norm.c) {
-                apply_span<kDtype, true, kSilu, kStream>(norm, a, row, norm.c, y);
+                apply_span<kDtype, true, kSilu, kStream>(norm, a, row, norm.c, 0, y);
               }
             });
 }

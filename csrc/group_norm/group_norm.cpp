@@ -21,6 +21,7 @@ namespace {
 constexpr std::int64_t kAlone = 1 << 14;        // up to so many elements one thread is faster
 constexpr std::int64_t kPiece = 4 * kBlock;     // elements of a task where a group has several
 constexpr std::int64_t kHugeBytes = 4 << 20;    // from here on a result may hold huge pages
+constexpr std::int64_t kNearBytes = 1 << 20;    // up to so many a near cache holds
 constexpr std::int64_t kLargeBytes = 16 << 20;  // from here on one outgrows the usual last cache
 
 std::int64_t element_bytes(const Norm& norm) { return norm.dtype == Dtype::kFloat32 ? 4 : 2; }
@@ -118,24 +119,29 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, b
   const auto finish = [&](const Moments* moments, std::int64_t group) {
     combine(moments, 1, 1, kBlock, count, norm.eps, statistics + 2 * group);
   };
-  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t end) {
+  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t end,
+                             std::int64_t ahead) {
     float centre, factor, offset;
     set_affine(norm, statistics, channel / norm.c, channel % norm.c, centre, factor, offset);
     kernels.apply_one(norm, {&centre, &factor, &offset}, channel * norm.n + begin, end - begin,
-                      large, y);
+                      ahead, large, y);
   };
-  const std::int64_t groups = norm.b * norm.groups;
+  const std::int64_t groups = norm.b * norm.groups, channels = norm.c / norm.groups;
   if (threads == 1 || groups >= 2 * threads) {  // a group's second pass finds it in the cache
-    parallel_for(threads, groups, [&](std::int64_t group) {
+    const std::int64_t run = std::max<std::int64_t>(groups / (4 * threads), 1);
+    const std::int64_t step = count * element_bytes(norm) <= kNearBytes ? count : 0;
+    parallel_for(threads, ceil_div(groups, run), [&](std::int64_t task) {
       std::vector<Moments> moments(blocks);
-      for (std::int64_t i = 0; i < blocks; ++i) {
-        moments[i] = block_at(kernels, norm, group * count, count, i);
-      }
-      finish(moments.data(), group);
-      const std::int64_t channels = norm.c / norm.groups;
-      // Backwards: of a group that is larger than the cache the end is in it.
-      for (std::int64_t i = (group + 1) * channels; i-- > group * channels;) {
-        normalise(i, 0, norm.n);
+      const std::int64_t end = std::min(groups, (task + 1) * run);
+      for (std::int64_t group = task * run; group < end; ++group) {
+        for (std::int64_t i = 0; i < blocks; ++i) {
+          moments[i] = block_at(kernels, norm, group * count, count, i);
+        }
+        finish(moments.data(), group);
+        // Backwards: of a group that is larger than the cache the end is in it.
+        for (std::int64_t i = (group + 1) * channels; i-- > group * channels;) {
+          normalise(i, 0, norm.n, group + 1 < end ? step : 0);
+        }
       }
     });
     return;
@@ -147,7 +153,10 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, b
   for (std::int64_t group = 0; group < groups; ++group) {
     finish(moments.data() + group * blocks, group);
   }
-  for_channel_pieces(norm, threads, normalise);
+  for_channel_pieces(norm, threads,
+                     [&](std::int64_t channel, std::int64_t begin, std::int64_t end) {
+                       normalise(channel, begin, end, 0);
+                     });
 }
 
 void channels_last_forward(const Kernels& kernels, const Norm& norm, int threads, bool large,

@@ -45,9 +45,11 @@ struct Kernels {
   void (*tile)(const Norm& norm, std::int64_t at, int rows, int channels, Moments* moments);
 
   // y[at, at + count) of one channel; and all channels of `rows` positions. A large y, one of which
-  // the caches hold little when all of it is written, is written past them if it is of floats.
+  // the caches hold little when all of it is written, is written past them if it is of floats. Of a
+  // channel x is fetched `ahead` elements ahead, which is where the next statistics are taken:
+  // they wait for memory, this does not.
   void (*apply_one)(const Norm& norm, const Affine& affine, std::int64_t at, std::int64_t count,
-                    bool large, void* y);
+                    std::int64_t ahead, bool large, void* y);
   void (*apply_each)(const Norm& norm, const Affine& affine, std::int64_t at, int rows, bool large,
                      void* y);
 
