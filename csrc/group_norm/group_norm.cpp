@@ -332,7 +332,7 @@ void forward_cpu(const Norm& norm, int threads, void* y, double* statistics) {
   const std::int64_t bytes = count * element_bytes(norm);
   const bool fresh = y != norm.x && y != norm.residual, large = fresh && bytes >= kLargeBytes;
   if (fresh && bytes >= kHugeBytes) advise_huge_pages(y, bytes);
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   norm.channels_last ? channels_last_forward(kernels, norm, threads, large, y, statistics)
                      : contiguous_forward(kernels, norm, threads, large, y, statistics);
 }
@@ -347,7 +347,7 @@ void backward_cpu(const Norm& norm, const void* grad, const double* statistics, 
   if (count <= kAlone) threads = 1;
   const std::int64_t bytes = count * element_bytes(norm);
   if (bytes >= kHugeBytes) advise_huge_pages(grad_x, bytes);
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   norm.channels_last
       ? channels_last_backward(kernels, norm, grad, statistics, threads, grad_x, sums)
       : contiguous_backward(kernels, norm, grad, statistics, threads, grad_x, sums);

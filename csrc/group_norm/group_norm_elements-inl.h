@@ -64,7 +64,11 @@ T2P_INLINE void put(void* p, std::int64_t i, std::int64_t left, F32 a) {
   if constexpr (kWhole && kDtype == Dtype::kFloat32) {
     store(to, a);
   } else if constexpr (kWhole && kDtype == Dtype::kBfloat16) {
+#if defined(__AVX512BF16__)
+    store_bf16(to, a);  // takes numbers below the normal ones for 0
+#else
     store_high_words(to, round_to_bfloat16(a));
+#endif
   } else if constexpr (kWhole) {
     store_f16(to, a);
   } else {

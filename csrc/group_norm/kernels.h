@@ -80,5 +80,8 @@ extern const Kernels kKernels;
 namespace avx512_vnni {
 extern const Kernels kKernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 
 }  // namespace t2p::group_norm
