@@ -29,12 +29,15 @@
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to
 // the even ones, interleave_even puts the even lanes of two vectors side by side. shift_right fills
-// with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits.
+// with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits; bit_xor of three
+// is one instruction in AVX-512.
 //
-// reciprocal is 1 / a within 3 units in the last place, for a and 1 / a in the range of normal
-// numbers.
+// min and max give `b` where either operand is a NaN. within is a where that lies in
+// [-limit, limit], else its nearer end, and one of the three where a is a NaN.
 //
-// min and max give `b` where either operand is a NaN.
+// take gives every lane that lane of `a` which `index` says there, modulo kLanes. stream is a store
+// to a multiple of the vector's size that leaves the caches alone, if there is an instruction for
+// it; between streams and anything that tells another thread of them there must be a stream_fence.
 //
 // The scalar form is four lanes of compiler vectors, which any processor's baseline (SSE2, NEON)
 // carries.

@@ -164,10 +164,14 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[4]) {
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
 T2P_INLINE F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
-T2P_INLINE F32 reciprocal(F32 a) {
-  const __m256 near = _mm256_rcp_ps(a.v);
-  return {_mm256_fmadd_ps(near, _mm256_fnmadd_ps(a.v, near, _mm256_set1_ps(1.0f)), near)};
+T2P_INLINE F32 divide(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+T2P_INLINE F32 within(F32 a, F32 limit) {
+  const __m256 lowest = _mm256_xor_ps(limit.v, _mm256_set1_ps(-0.0f));
+  return {_mm256_min_ps(_mm256_max_ps(a.v, lowest), limit.v)};
 }
+T2P_INLINE F32 take(F32 a, I32 index) { return {_mm256_permutevar8x32_ps(a.v, index.v)}; }
+T2P_INLINE void stream(float* p, F32 a) { _mm256_stream_ps(p, a.v); }
+T2P_INLINE void stream_fence() { _mm_sfence(); }
 T2P_INLINE F64 divide(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
 T2P_INLINE F64 square_root(F64 a) { return {_mm256_sqrt_pd(a.v)}; }
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
@@ -212,6 +216,7 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm256_slli_epi32(a.v, kBits)};

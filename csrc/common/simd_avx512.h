@@ -149,10 +149,13 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
 T2P_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
-T2P_INLINE F32 reciprocal(F32 a) {
-  const __m512 near = _mm512_rcp14_ps(a.v);
-  return {_mm512_fmadd_ps(near, _mm512_fnmadd_ps(a.v, near, _mm512_set1_ps(1.0f)), near)};
+T2P_INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+T2P_INLINE F32 within(F32 a, F32 limit) {
+  return {_mm512_range_ps(a.v, limit.v, 0b0010)};  // the smaller magnitude, with the sign of a
 }
+T2P_INLINE F32 take(F32 a, I32 index) { return {_mm512_permutexvar_ps(index.v, a.v)}; }
+T2P_INLINE void stream(float* p, F32 a) { _mm512_stream_ps(p, a.v); }
+T2P_INLINE void stream_fence() { _mm_sfence(); }
 T2P_INLINE F64 divide(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
 T2P_INLINE F64 square_root(F64 a) { return {_mm512_sqrt_pd(a.v)}; }
 T2P_INLINE F64 keep_first(F64 a, int count, F64 rest) {
@@ -244,6 +247,9 @@ T2P_INLINE F32 exp2_coarse(F32 a) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
+  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
+}
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {
   return {_mm512_slli_epi32(a.v, kBits)};

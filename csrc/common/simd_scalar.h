@@ -157,7 +157,14 @@ T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
 }
 T2P_INLINE F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
 T2P_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
-T2P_INLINE F32 reciprocal(F32 a) { return {1.0f / a.v}; }
+T2P_INLINE F32 divide(F32 a, F32 b) { return {a.v / b.v}; }
+T2P_INLINE F32 within(F32 a, F32 limit) { return min(max(a, {-limit.v}), limit); }
+T2P_INLINE F32 take(F32 a, I32 index) {
+  const I32::type i = index.v & 3;
+  return {F32::type{a.v[i[0]], a.v[i[1]], a.v[i[2]], a.v[i[3]]}};
+}
+T2P_INLINE void stream(float* p, F32 a) { store(p, a); }
+T2P_INLINE void stream_fence() {}
 T2P_INLINE F64 divide(F64 a, F64 b) { return {a.v / b.v}; }
 T2P_INLINE F64 square_root(F64 a) {
   return {F64::type{__builtin_sqrt(a.v[0]), __builtin_sqrt(a.v[1])}};
@@ -206,6 +213,7 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
+T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
 template <int kBits>
 T2P_INLINE I32 shift_left(I32 a) {

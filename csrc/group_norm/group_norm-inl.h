@@ -30,24 +30,31 @@ T2P_INLINE bool is_near(double sum, double squares, double count) {
 template <Dtype kDtype>
 T2P_INLINE void add_deviations(const void* x, std::int64_t at, int count, float centre, double& sum,
                                double& square) {
-  const int whole = count / kLanes * kLanes, most = whole / (kSums * kLanes) * (kSums * kLanes);
-  F32 sums[kSums], squares[kSums];
-  for (int s = 0; s < kSums; ++s) sums[s] = squares[s] = broadcast(0.0f);
-  const F32 m = broadcast(centre);
-  for (int i = 0; i < most; i += kSums * kLanes) {
-    for (int s = 0; s < kSums; ++s) {
-      const F32 d = sub(get<kDtype, true>(x, at + i + s * kLanes, 0), m);
-      sums[s] = add(sums[s], d);
-      squares[s] = multiply_add(d, d, squares[s]);
+  constexpr int kStep = kSums * kLanes;
+  const int whole = count / kLanes * kLanes, most = whole / kStep * kStep;
+  const F32 m = broadcast(centre), zero = broadcast(0.0f);
+  F32 all = zero, all_squares = zero;
+  for (int begin = 0; begin < most; begin += kRun) {
+    F32 sums[kSums], squares[kSums];
+    for (int s = 0; s < kSums; ++s) sums[s] = squares[s] = zero;
+    const int end = most - begin < kRun ? most : begin + kRun;
+    for (int i = begin; i < end; i += kStep) {
+      for (int s = 0; s < kSums; ++s) {
+        const F32 d = sub(get<kDtype, true>(x, at + i + s * kLanes, 0), m);
+        sums[s] = add(sums[s], d);
+        squares[s] = multiply_add(d, d, squares[s]);
+      }
     }
+    all = add(all, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    all_squares = add(all_squares, add(add(squares[0], squares[1]), add(squares[2], squares[3])));
   }
   for (int i = most; i < whole; i += kLanes) {
     const F32 d = sub(get<kDtype, true>(x, at + i, 0), m);
-    sums[0] = add(sums[0], d);
-    squares[0] = multiply_add(d, d, squares[0]);
+    all = add(all, d);
+    all_squares = multiply_add(d, d, all_squares);
   }
-  sum = reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  square = reduce_add(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+  sum = reduce_add(all);
+  square = reduce_add(all_squares);
   const auto* rest = static_cast<const typename Element<kDtype>::Type*>(x) + at;
   for (int i = whole; i < count; ++i) {
     const double d = to_float<kDtype>(rest[i]) - centre;
@@ -75,6 +82,16 @@ Moments block_of(const void* x, std::int64_t at, int count) {
   return {centre + sum / count, square - sum * sum / count};
 }
 
+// Brings `kCount` elements from x[at] on nearer, where there are any: no address is wrong here.
+template <Dtype kDtype, int kCount>
+T2P_INLINE void prefetch(const void* x, std::int64_t at) {
+  constexpr std::int64_t kBytes = sizeof(typename Element<kDtype>::Type);
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x) + at * kBytes;
+  for (std::int64_t byte = 0; byte < kCount * kBytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + byte), 0, 2);
+  }
+}
+
 template <Dtype kDtype, bool kWhole>
 T2P_INLINE void tile_of(const void* x, std::int64_t at, std::int64_t c, int rows, int channels,
                         Moments* moments) {
@@ -97,6 +114,8 @@ T2P_INLINE void tile_of(const void* x, std::int64_t at, std::int64_t c, int rows
     F32 sums[kVectors], squares[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = squares[v] = broadcast(0.0f);
     for (int row = 0; row < rows; ++row) {
+      // The next block's: rows of a tile are too far apart for the processor to guess it.
+      prefetch<kDtype, kTile>(x, at + (row + kRows) * c);
       for (int v = 0; v < kVectors; ++v) {
         const F32 d = sub(vector_at(row, v), m[v]);
         sums[v] = add(sums[v], d);
@@ -125,28 +144,56 @@ T2P_INLINE void tile_of(const void* x, std::int64_t at, std::int64_t c, int rows
 
 // Normalisation -----------------------------------------------------------------------------------
 
-template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>
-T2P_INLINE void apply_vector(const Norm& norm, const Affine& a, std::int64_t at, std::int64_t i,
-                             std::int64_t left, void* y) {
-  const F32 d =
-      sub(get<kDtype, kWhole>(norm.x, at + i, left), coefficient<kEach, kWhole>(a.centre, i, left));
-  F32 z = multiply_add(d, coefficient<kEach, kWhole>(a.factor, i, left),
-                       coefficient<kEach, kWhole>(a.offset, i, left));
-  if constexpr (kSilu) z = mul(z, sigmoid(z));
-  if (norm.residual != nullptr) z = add(z, get<kDtype, kWhole>(norm.residual, at + i, left));
-  put<kDtype, kWhole>(y, at + i, left, z);
+template <bool kEach>
+struct AffineOf {
+  Coefficients<kEach> centre, factor, offset;
+};
+
+template <int kVectors, Dtype kDtype, bool kEach, bool kSilu, bool kWhole, bool kStream>
+T2P_INLINE void apply_vectors(const Norm& norm, const AffineOf<kEach>& a, std::int64_t at,
+                              std::int64_t i, std::int64_t left, void* y) {
+  F32 z[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    const std::int64_t j = i + k * kLanes;
+    const F32 d =
+        sub(get<kDtype, kWhole>(norm.x, at + j, left), a.centre.template at<kWhole>(j, left));
+    z[k] = multiply_add(d, a.factor.template at<kWhole>(j, left),
+                        a.offset.template at<kWhole>(j, left));
+  }
+  if constexpr (kSilu) {
+    F32 divisor[kVectors];
+    one_plus_power(z, divisor);
+    for (int k = 0; k < kVectors; ++k) z[k] = divide(z[k], divisor[k]);
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    const std::int64_t j = at + i + k * kLanes;
+    if (norm.residual != nullptr) z[k] = add(z[k], get<kDtype, kWhole>(norm.residual, j, left));
+    if constexpr (kStream) {
+      stream(static_cast<float*>(y) + j, z[k]);
+    } else {
+      put<kDtype, kWhole>(y, j, left, z[k]);
+    }
+  }
 }
 
-template <Dtype kDtype, bool kEach, bool kSilu>
+template <Dtype kDtype, bool kEach, bool kSilu, bool kStream>
 T2P_INLINE void apply_span(const Norm& norm_in, const Affine& affine, std::int64_t at,
-                           std::int64_t count, void* y) {
+                           std::int64_t count, std::int64_t ahead, void* y) {
   const Norm norm = norm_in;  // out of reach of what the loop writes
-  const Affine a = affine;
+  const AffineOf<kEach> a{Coefficients<kEach>(affine.centre), Coefficients<kEach>(affine.factor),
+                          Coefficients<kEach>(affine.offset)};
   std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    apply_vector<kDtype, kEach, kSilu, true>(norm, a, at, i, 0, y);
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    if constexpr (!kEach) prefetch<kDtype, 2 * kLanes>(norm.x, at + i + ahead);
+    apply_vectors<2, kDtype, kEach, kSilu, true, kStream>(norm, a, at, i, 0, y);
   }
-  if (i < count) apply_vector<kDtype, kEach, kSilu, false>(norm, a, at, i, count - i, y);
+  if (i + kLanes <= count) {
+    apply_vectors<1, kDtype, kEach, kSilu, true, kStream>(norm, a, at, i, 0, y);
+    i += kLanes;
+  }
+  if (i < count) {
+    apply_vectors<1, kDtype, kEach, kSilu, false, false>(norm, a, at, i, count - i, y);
+  }
 }
 
 // Choice of the dtype and of the activation -------------------------------------------------------
@@ -179,20 +226,43 @@ void tile(const Norm& norm, std::int64_t at, int rows, int channels, Moments* mo
   });
 }
 
-void apply_one(const Norm& norm, const Affine& a, std::int64_t at, std::int64_t count, void* y) {
+// Calls body.operator()<kDtype, kSilu, kStream>() and sees to the fence.
+template <class Body>
+T2P_INLINE void with_kind(const Norm& norm, bool streamed, Body body) {
   with_dtype(norm, [&](auto t) {
-    norm.silu ? apply_span<t.kValue, false, true>(norm, a, at, count, y)
-              : apply_span<t.kValue, false, false>(norm, a, at, count, y);
+    if constexpr (t.kValue == Dtype::kFloat32) {
+      if (streamed) {
+        norm.silu ? body.template operator()<t.kValue, true, true>()
+                  : body.template operator()<t.kValue, false, true>();
+        return stream_fence();
+      }
+    }
+    norm.silu ? body.template operator()<t.kValue, true, false>()
+              : body.template operator()<t.kValue, false, false>();
   });
 }
 
-void apply_each(const Norm& norm, const Affine& a, std::int64_t at, int rows, void* y) {
-  with_dtype(norm, [&](auto t) {
-    for (std::int64_t row = at; row < at + rows * norm.c; row += norm.c) {
-      norm.silu ? apply_span<t.kValue, true, true>(norm, a, row, norm.c, y)
-                : apply_span<t.kValue, true, false>(norm, a, row, norm.c, y);
-    }
+// Whether all vectors of rows of `count` floats from y[at] on are where they can be streamed.
+T2P_INLINE bool is_aligned(const void* y, std::int64_t at, std::int64_t count) {
+  constexpr std::uintptr_t kBytes = kLanes * sizeof(float);
+  return reinterpret_cast<std::uintptr_t>(static_cast<const float*>(y) + at) % kBytes == 0 &&
+         count % kLanes == 0;
+}
+
+void apply_one(const Norm& norm, const Affine& a, std::int64_t at, std::int64_t count,
+               std::int64_t ahead, bool large, void* y) {
+  with_kind(norm, large && is_aligned(y, at, count), [&]<Dtype kDtype, bool kSilu, bool kStream>() {
+    apply_span<kDtype, false, kSilu, kStream>(norm, a, at, count, ahead, y);
   });
+}
+
+void apply_each(const Norm& norm, const Affine& a, std::int64_t at, int rows, bool large, void* y) {
+  with_kind(norm, large && is_aligned(y, at, norm.c),
+            [&]<Dtype kDtype, bool kSilu, bool kStream>() {
+              for (std::int64_t row = at; row < at + rows * norm.c; row += norm.c) {
+                apply_span<kDtype, true, kSilu, kStream>(norm, a, row, norm.c, 0, y);
+              }
+            });
 }
 
 void sums_one(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at, int count,

@@ -18,9 +18,11 @@
 namespace t2p::group_norm {
 namespace {
 
-constexpr std::int64_t kAlone = 1 << 14;      // up to so many elements one thread is faster
-constexpr std::int64_t kPiece = 16 * kBlock;  // elements of a task where a group has several
-constexpr std::int64_t kHugeBytes = 4 << 20;  // from here on a result may hold huge pages
+constexpr std::int64_t kAlone = 1 << 14;        // up to so many elements one thread is faster
+constexpr std::int64_t kPiece = 4 * kBlock;     // elements of a task where a group has several
+constexpr std::int64_t kHugeBytes = 4 << 20;    // from here on a result may hold huge pages
+constexpr std::int64_t kNearBytes = 1 << 20;    // up to so many a near cache holds
+constexpr std::int64_t kLargeBytes = 16 << 20;  // from here on one outgrows the usual last cache
 
 std::int64_t element_bytes(const Norm& norm) { return norm.dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -72,18 +74,24 @@ void set_affine(const Norm& norm, const double* statistics, std::int64_t b, std:
                 float& centre, float& factor, float& offset) {
   const double* s = statistics_of(norm, statistics, b, c);
   const Gain gain = gain_of(norm, b, c);
+  const double unit = norm.silu ? kSiluUnit : 1;
   centre = static_cast<float>(s[0]);
-  factor = static_cast<float>(gain.factor * s[1]);
-  offset = static_cast<float>(gain.bias - (s[0] - centre) * s[1] * gain.factor);
+  factor = static_cast<float>(unit * gain.factor * s[1]);
+  offset = static_cast<float>(unit * (gain.bias - (s[0] - centre) * s[1] * gain.factor));
 }
 
-// Calls body(b * blocks + block, b, first position, positions) for all blocks of positions.
+// Calls body(b * blocks + block, b, first position, positions) for all blocks of positions. A task
+// is several neighbours, so that kernels can fetch the next one ahead.
 template <class Body>
 void for_row_blocks(const Norm& norm, int threads, const Body& body) {
-  const std::int64_t blocks = ceil_div(norm.n, kRows);
-  parallel_for(threads, norm.b * blocks, [&](std::int64_t task) {
-    const std::int64_t b = task / blocks, first = task % blocks * kRows;
-    body(task, b, first, static_cast<int>(std::min<std::int64_t>(kRows, norm.n - first)));
+  const std::int64_t blocks = ceil_div(norm.n, kRows), all = norm.b * blocks;
+  const std::int64_t run = std::clamp<std::int64_t>(all / (8 * threads), 1, 16);
+  parallel_for(threads, ceil_div(all, run), [&](std::int64_t task) {
+    for (std::int64_t block = task * run; block < std::min(all, (task + 1) * run); ++block) {
+      const std::int64_t first = block % blocks * kRows;
+      body(block, block / blocks, first,
+           static_cast<int>(std::min<std::int64_t>(kRows, norm.n - first)));
+    }
   });
 }
 
@@ -105,28 +113,35 @@ Moments block_at(const Kernels& kernels, const Norm& norm, std::int64_t first, s
                        static_cast<int>(std::min<std::int64_t>(kBlock, count - begin)));
 }
 
-void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, void* y,
+void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, bool large, void* y,
                         double* statistics) {
   const std::int64_t count = norm.c / norm.groups * norm.n, blocks = ceil_div(count, kBlock);
   const auto finish = [&](const Moments* moments, std::int64_t group) {
     combine(moments, 1, 1, kBlock, count, norm.eps, statistics + 2 * group);
   };
-  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t end) {
+  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t end,
+                             std::int64_t ahead) {
     float centre, factor, offset;
     set_affine(norm, statistics, channel / norm.c, channel % norm.c, centre, factor, offset);
-    kernels.apply_one(norm, {&centre, &factor, &offset}, channel * norm.n + begin, end - begin, y);
+    kernels.apply_one(norm, {&centre, &factor, &offset}, channel * norm.n + begin, end - begin,
+                      ahead, large, y);
   };
-  const std::int64_t groups = norm.b * norm.groups;
+  const std::int64_t groups = norm.b * norm.groups, channels = norm.c / norm.groups;
   if (threads == 1 || groups >= 2 * threads) {  // a group's second pass finds it in the cache
-    parallel_for(threads, groups, [&](std::int64_t group) {
+    const std::int64_t run = std::max<std::int64_t>(groups / (4 * threads), 1);
+    const std::int64_t step = count * element_bytes(norm) <= kNearBytes ? count : 0;
+    parallel_for(threads, ceil_div(groups, run), [&](std::int64_t task) {
       std::vector<Moments> moments(blocks);
-      for (std::int64_t i = 0; i < blocks; ++i) {
-        moments[i] = block_at(kernels, norm, group * count, count, i);
-      }
-      finish(moments.data(), group);
-      const std::int64_t channels = norm.c / norm.groups;
-      for (std::int64_t i = group * channels; i < (group + 1) * channels; ++i) {
-        normalise(i, 0, norm.n);
+      const std::int64_t end = std::min(groups, (task + 1) * run);
+      for (std::int64_t group = task * run; group < end; ++group) {
+        for (std::int64_t i = 0; i < blocks; ++i) {
+          moments[i] = block_at(kernels, norm, group * count, count, i);
+        }
+        finish(moments.data(), group);
+        // Backwards: of a group that is larger than the cache the end is in it.
+        for (std::int64_t i = (group + 1) * channels; i-- > group * channels;) {
+          normalise(i, 0, norm.n, group + 1 < end ? step : 0);
+        }
       }
     });
     return;
@@ -138,11 +153,14 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, v
   for (std::int64_t group = 0; group < groups; ++group) {
     finish(moments.data() + group * blocks, group);
   }
-  for_channel_pieces(norm, threads, normalise);
+  for_channel_pieces(norm, threads,
+                     [&](std::int64_t channel, std::int64_t begin, std::int64_t end) {
+                       normalise(channel, begin, end, 0);
+                     });
 }
 
-void channels_last_forward(const Kernels& kernels, const Norm& norm, int threads, void* y,
-                           double* statistics) {
+void channels_last_forward(const Kernels& kernels, const Norm& norm, int threads, bool large,
+                           void* y, double* statistics) {
   const std::int64_t blocks = ceil_div(norm.n, kRows), channels = norm.c / norm.groups;
   std::vector<Moments> moments(norm.b * blocks * norm.c);
   for_row_blocks(norm, threads, [&](std::int64_t task, std::int64_t b, std::int64_t first, int n) {
@@ -165,7 +183,7 @@ void channels_last_forward(const Kernels& kernels, const Norm& norm, int threads
   for_row_blocks(norm, threads, [&](std::int64_t, std::int64_t b, std::int64_t first, int n) {
     const float* own = coefficients.data() + 3 * b * norm.c;
     kernels.apply_each(norm, {own, own + norm.c, own + 2 * norm.c}, (b * norm.n + first) * norm.c,
-                       n, y);
+                       n, large, y);
   });
 }
 
@@ -233,8 +251,8 @@ void contiguous_backward(const Kernels& kernels, const Norm& norm, const void* g
   const auto add_up = [&](std::int64_t i) {
     slopes[i] = slope_of(norm, statistics, i / norm.c, i % norm.c);
     double plain = 0, weighted = 0;
-    for (std::int64_t begin = 0; begin < norm.n; begin += kBlock) {
-      const auto count = static_cast<int>(std::min<std::int64_t>(kBlock, norm.n - begin));
+    for (std::int64_t begin = 0; begin < norm.n; begin += kRun) {
+      const auto count = static_cast<int>(std::min<std::int64_t>(kRun, norm.n - begin));
       float part[2];
       kernels.sums_one(norm, view(slopes[i].of, 1), grad, i * norm.n + begin, count, second.dz,
                        part);
@@ -312,10 +330,11 @@ void forward_cpu(const Norm& norm, int threads, void* y, double* statistics) {
   }
   if (count <= kAlone) threads = 1;
   const std::int64_t bytes = count * element_bytes(norm);
-  if (y != norm.x && bytes >= kHugeBytes) advise_huge_pages(y, bytes);
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
-  norm.channels_last ? channels_last_forward(kernels, norm, threads, y, statistics)
-                     : contiguous_forward(kernels, norm, threads, y, statistics);
+  const bool fresh = y != norm.x && y != norm.residual, large = fresh && bytes >= kLargeBytes;
+  if (fresh && bytes >= kHugeBytes) advise_huge_pages(y, bytes);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
+  norm.channels_last ? channels_last_forward(kernels, norm, threads, large, y, statistics)
+                     : contiguous_forward(kernels, norm, threads, large, y, statistics);
 }
 
 void backward_cpu(const Norm& norm, const void* grad, const double* statistics, int threads,
@@ -328,7 +347,7 @@ void backward_cpu(const Norm& norm, const void* grad, const double* statistics, 
   if (count <= kAlone) threads = 1;
   const std::int64_t bytes = count * element_bytes(norm);
   if (bytes >= kHugeBytes) advise_huge_pages(grad_x, bytes);
-  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   norm.channels_last
       ? channels_last_backward(kernels, norm, grad, statistics, threads, grad_x, sums)
       : contiguous_backward(kernels, norm, grad, statistics, threads, grad_x, sums);

@@ -2,6 +2,8 @@
 // Elements of three dtypes as vectors of floats, and the sigmoid. Included by group_norm-inl.h.
 #pragma once
 
+#include <array>
+#include <bit>
 #include <cstdint>
 
 #include "common/half.h"
@@ -62,12 +64,17 @@ T2P_INLINE void put(void* p, std::int64_t i, std::int64_t left, F32 a) {
   if constexpr (kWhole && kDtype == Dtype::kFloat32) {
     store(to, a);
   } else if constexpr (kWhole && kDtype == Dtype::kBfloat16) {
+#if defined(__AVX512BF16__)
+    store_bf16(to, a);  // takes numbers below the normal ones for 0
+#else
     store_high_words(to, round_to_bfloat16(a));
+#endif
+  } else if constexpr (kWhole) {
+    store_f16(to, a);
   } else {
     float lanes[kLanes];
     store(lanes, a);
-    const int count = kWhole ? kLanes : static_cast<int>(left);
-    for (int lane = 0; lane < count; ++lane) {
+    for (int lane = 0; lane < left; ++lane) {
       if constexpr (kDtype == Dtype::kFloat32) to[lane] = lanes[lane];
       if constexpr (kDtype == Dtype::kBfloat16) to[lane] = float_to_bfloat16(lanes[lane]);
       if constexpr (kDtype == Dtype::kFloat16) to[lane] = float_to_float16(lanes[lane]);
@@ -75,29 +82,75 @@ T2P_INLINE void put(void* p, std::int64_t i, std::int64_t left, F32 a) {
   }
 }
 
-// Coefficient i of an array, or the only one.
-template <bool kEach, bool kWhole>
-T2P_INLINE F32 coefficient(const float* p, std::int64_t i, std::int64_t left) {
-  if constexpr (!kEach) return broadcast(*p);
-  return get<Dtype::kFloat32, kWhole>(p, i, left);
+// Coefficients of a span of elements: one for each, or the same for all.
+template <bool kEach>
+struct Coefficients {
+  explicit Coefficients(const float* p) : all(p) {}
+  template <bool kWhole>
+  F32 at(std::int64_t i, std::int64_t left) const {
+    return get<Dtype::kFloat32, kWhole>(all, i, left);
+  }
+  const float* all;
+};
+template <>
+struct Coefficients<false> {
+  explicit Coefficients(const float* p) : one(broadcast(*p)) {}
+  template <bool kWhole>
+  F32 at(std::int64_t, std::int64_t) const {
+    return one;
+  }
+  F32 one;
+};
+
+// kSiluUnit 2^(j / kLanes), less what j adds below when the power is shifted into the exponent.
+constexpr auto kPowers = [] {
+  std::array<std::int32_t, kLanes> words{};
+  double power = kSiluUnit;
+  for (int j = 0; j < kLanes; ++j) {
+    const auto word = std::bit_cast<std::int32_t>(static_cast<float>(power));
+    words[j] = word - j * ((1 << 23) / kLanes);
+    for (int k = 0; k < 16 / kLanes; ++k) power *= 1.0442737824274138;  // 2^(1 / 16)
+  }
+  return words;
+}();
+
+// kSiluUnit (1 + 4^u), with an error in 4^u below 5e-7 of it: 4^u = 2^(n / kLanes) 4^r with
+// |r| <= 1 / (4 kLanes), the former from a table, the latter a minimax polynomial. Saturates at
+// |u| = 63; any number for NaN. Takes several vectors at once, as the chain is long.
+template <int kVectors>
+T2P_INLINE void one_plus_power(const F32 (&u)[kVectors], F32 (&result)[kVectors]) {
+  constexpr int kShift = kLanes == 16 ? 19 : kLanes == 8 ? 20 : 21;  // 23 - log2(kLanes)
+  const F32 magic = broadcast(6291456.0f / kLanes);  // 1.5 * 2^22 / kLanes: the low bits are n
+  const F32 powers = as_f32(load(kPowers.data())), one = broadcast(1.0f);
+  F32 shifted[kVectors], r[kVectors], p[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    const F32 t = within(u[k], broadcast(63.0f));
+    shifted[k] = add(t, magic);
+    r[k] = sub(t, sub(shifted[k], magic));
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    if constexpr (kLanes == 16) {
+      p[k] = multiply_add(broadcast(0.96090572f), r[k], broadcast(1.3863754f));
+    } else {
+      p[k] = multiply_add(broadcast(0.44378072f), r[k], broadcast(0.96140392f));
+      p[k] = multiply_add(p[k], r[k], broadcast(1.3862954f));
+    }
+    p[k] = multiply_add(p[k], r[k], one);
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    const I32 n = as_i32(shifted[k]);
+    const F32 scale = as_f32(add(as_i32(take(powers, n)), shift_left<kShift>(n)));
+    result[k] = multiply_add(scale, p[k], broadcast(static_cast<float>(kSiluUnit)));
+  }
 }
 
 // 1 / (1 + e^-z) with an absolute error below 2e-7, of which z's own rounding would allow |z| / 4
-// units: e^-z = 2^n e^-r with |r| <= ln(2) / 2, and for e^-r a minimax polynomial of degree 5.
-// Saturates at |z| = 87; NaN for NaN.
+// units.
 T2P_INLINE F32 sigmoid(F32 z) {
-  const F32 one = broadcast(1.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
-  const F32 t = min(broadcast(87.0f), max(broadcast(-87.0f), z));
-  const F32 shifted = multiply_add(t, broadcast(-1.44269504f), magic);  // its low bits are n
-  const F32 r = multiply_add(sub(shifted, magic), broadcast(0.69314718f), t);
-  F32 p = broadcast(-8.314711e-3f);
-  p = multiply_add(p, r, broadcast(4.1891117e-2f));
-  p = multiply_add(p, r, broadcast(-1.6667092e-1f));
-  p = multiply_add(p, r, broadcast(4.9999225e-1f));
-  p = multiply_add(p, r, broadcast(-1.0f));
-  p = multiply_add(p, r, one);
-  const F32 e = as_f32(add(as_i32(p), shift_left<23>(as_i32(shifted))));
-  return reciprocal(add(one, e));
+  const F32 unit = broadcast(static_cast<float>(kSiluUnit)), u[1] = {mul(z, unit)};
+  F32 divisor[1];
+  one_plus_power(u, divisor);
+  return divide(unit, divisor[0]);
 }
 
 }  // namespace

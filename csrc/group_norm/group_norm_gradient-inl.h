@@ -11,21 +11,34 @@
 namespace t2p::group_norm::T2P_ISA_NAMESPACE {
 namespace {
 
+template <bool kEach>
+struct SlopesOf {
+  explicit SlopesOf(const Slopes& s)
+      : centre(s.centre),
+        inverse(s.inverse),
+        nudge(s.nudge),
+        gain(s.gain),
+        bias(s.bias),
+        mean(s.mean),
+        slope(s.slope) {}
+  Coefficients<kEach> centre, inverse, nudge, gain, bias, mean, slope;
+};
+
 struct Derivative {
   F32 xhat, dz;
 };
 
 template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>
-T2P_INLINE Derivative derivative(const Norm& norm, const Slopes& s, const void* grad,
+T2P_INLINE Derivative derivative(const Norm& norm, const SlopesOf<kEach>& s, const void* grad,
                                  std::int64_t at, std::int64_t i, std::int64_t left) {
   const F32 d =
-      sub(get<kDtype, kWhole>(norm.x, at + i, left), coefficient<kEach, kWhole>(s.centre, i, left));
-  const F32 xhat = multiply_add(d, coefficient<kEach, kWhole>(s.inverse, i, left),
-                                coefficient<kEach, kWhole>(s.nudge, i, left));
+      sub(get<kDtype, kWhole>(norm.x, at + i, left), s.centre.template at<kWhole>(i, left));
+  const F32 xhat =
+      multiply_add(d, s.inverse.template at<kWhole>(i, left), s.nudge.template at<kWhole>(i, left));
   F32 dz = get<kDtype, kWhole>(grad, at + i, left);
   if constexpr (kSilu) {
-    const F32 z = multiply_add(xhat, coefficient<kEach, kWhole>(s.gain, i, left),
-                               coefficient<kEach, kWhole>(s.bias, i, left));
+    const F32 z = multiply_add(xhat, s.gain.template at<kWhole>(i, left),
+                               s.bias.template at<kWhole>(i, left));
     const F32 one = broadcast(1.0f), p = sigmoid(z);
     dz = mul(dz, mul(p, multiply_add(z, sub(one, p), one)));
   }
@@ -33,7 +46,7 @@ T2P_INLINE Derivative derivative(const Norm& norm, const Slopes& s, const void* 
 }
 
 template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>
-T2P_INLINE Derivative kept_derivative(const Norm& norm, const Slopes& s, const void* grad,
+T2P_INLINE Derivative kept_derivative(const Norm& norm, const SlopesOf<kEach>& s, const void* grad,
                                       std::int64_t at, std::int64_t i, std::int64_t left,
                                       float* dz) {
   const Derivative d = derivative<kDtype, kEach, kSilu, kWhole>(norm, s, grad, at, i, left);
@@ -44,7 +57,7 @@ T2P_INLINE Derivative kept_derivative(const Norm& norm, const Slopes& s, const v
 template <Dtype kDtype, bool kSilu>
 T2P_INLINE void sums_of_one(const Norm& norm, const Slopes& slopes, const void* grad,
                             std::int64_t at, int count, float* dz, float* sums) {
-  const Slopes s = slopes;
+  const SlopesOf<false> s(slopes);
   F32 plain = broadcast(0.0f), weighted = plain;
   const auto add_up = [&](const Derivative& d) {
     plain = add(plain, d.dz);
@@ -62,8 +75,8 @@ T2P_INLINE void sums_of_one(const Norm& norm, const Slopes& slopes, const void* 
 }
 
 template <Dtype kDtype, bool kSilu, bool kWhole>
-T2P_INLINE void sums_of_vector(const Norm& norm, const Slopes& s, const void* grad, std::int64_t at,
-                               int i, int count, float* dz, float* sums) {
+T2P_INLINE void sums_of_vector(const Norm& norm, const SlopesOf<true>& s, const void* grad,
+                               std::int64_t at, int i, int count, float* dz, float* sums) {
   const int left = count - i;
   const Derivative d = kept_derivative<kDtype, true, kSilu, kWhole>(norm, s, grad, at, i, left, dz);
   constexpr Dtype kF32 = Dtype::kFloat32;
@@ -76,7 +89,7 @@ T2P_INLINE void sums_of_vector(const Norm& norm, const Slopes& s, const void* gr
 template <Dtype kDtype, bool kSilu>
 T2P_INLINE void sums_of_each(const Norm& norm, const Slopes& slopes, const void* grad,
                              std::int64_t at, int count, float* dz, float* sums) {
-  const Slopes s = slopes;
+  const SlopesOf<true> s(slopes);
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     sums_of_vector<kDtype, kSilu, true>(norm, s, grad, at, i, count, dz, sums);
@@ -85,22 +98,20 @@ T2P_INLINE void sums_of_each(const Norm& norm, const Slopes& slopes, const void*
 }
 
 template <Dtype kDtype, bool kEach, bool kSilu, bool kWhole>
-T2P_INLINE void gradient_vector(const Norm& norm, const Slopes& s, const void* grad,
+T2P_INLINE void gradient_vector(const Norm& norm, const SlopesOf<kEach>& s, const void* grad,
                                 std::int64_t at, std::int64_t i, std::int64_t left, void* grad_x) {
   const Derivative d = derivative<kDtype, kEach, kSilu, kWhole>(norm, s, grad, at, i, left);
-  const F32 mean = coefficient<kEach, kWhole>(s.mean, i, left);
-  const F32 own = sub(mul(d.dz, coefficient<kEach, kWhole>(s.gain, i, left)), mean);
-  const F32 whole =
-      multiply_subtract_from(d.xhat, coefficient<kEach, kWhole>(s.slope, i, left), own);
-  put<kDtype, kWhole>(grad_x, at + i, left,
-                      mul(whole, coefficient<kEach, kWhole>(s.inverse, i, left)));
+  const F32 mean = s.mean.template at<kWhole>(i, left);
+  const F32 own = sub(mul(d.dz, s.gain.template at<kWhole>(i, left)), mean);
+  const F32 whole = multiply_subtract_from(d.xhat, s.slope.template at<kWhole>(i, left), own);
+  put<kDtype, kWhole>(grad_x, at + i, left, mul(whole, s.inverse.template at<kWhole>(i, left)));
 }
 
 template <Dtype kDtype, bool kEach, bool kSilu>
 T2P_INLINE void gradient_span(const Norm& norm_in, const Slopes& slopes, const void* grad,
                               std::int64_t at, std::int64_t count, void* grad_x) {
   const Norm norm = norm_in;
-  const Slopes s = slopes;
+  const SlopesOf<kEach> s(slopes);
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     gradient_vector<kDtype, kEach, kSilu, true>(norm, s, grad, at, i, 0, grad_x);

@@ -153,11 +153,18 @@ T2P_INLINE const float* row_of(const Step& step, std::int64_t b) {
 
 void noise(std::uint64_t seed, std::uint64_t offset, std::uint64_t index, std::int64_t begin,
            std::int64_t end, float* out) {
-  // Whole groups of vectors: `out` has room up to the next multiple of kChunk.
-  for (std::int64_t i = begin; i < end; i += 4 * kLanes) {
-    F32 n[4];
+  // Whole groups of vectors: `out` has room up to the next multiple of kChunk. With 16 registers
+  // two groups at once would spill.
+  constexpr int kGroups = kLanes == 16 ? 2 : 1, kGroup = 4 * kLanes;
+  static_assert(kChunk % (kGroups * kGroup) == 0);
+  for (std::int64_t i = begin; i < end; i += kGroups * kGroup) {
+    F32 n[kGroups][4];
     philox_normals(seed, offset, index + static_cast<std::uint64_t>(i / 4), n);
-    for (int part = 0; part < 4; ++part) store(out + (i - begin) + part * kLanes, n[part]);
+    for (int g = 0; g < kGroups; ++g) {
+      for (int part = 0; part < 4; ++part) {
+        store(out + (i - begin) + g * kGroup + part * kLanes, n[g][part]);
+      }
+    }
   }
 }
 

@@ -18,21 +18,23 @@
 namespace t2p::scheduler {
 namespace {
 
-// What a thread takes at a time: fixed, so that sums do not depend on the number of threads.
-constexpr std::int64_t kTask = 16 * 1024;
-static_assert(kTask % kChunk == 0);
+// What a thread takes at a time: fixed, so that sums do not depend on the number of threads. An
+// update has no sums, and where it draws noise less is worth a thread's while.
+constexpr std::int64_t kTask = 16 * 1024, kNoisyTask = 4 * 1024;
+static_assert(kTask % kChunk == 0 && kNoisyTask % kChunk == 0);
 // With fewer elements the other threads are not worth waking; noise makes an element dearer.
 constexpr std::int64_t kAlone = 48 * 1024, kAloneWithNoise = 8 * 1024;
 
 std::int64_t tasks_of(std::int64_t n) { return ceil_div(n, kTask); }
 
-// Calls body(b, begin, end, task number) for all parts of all samples.
+// Calls body(b, begin, end, task number) for all parts of `size` elements of all samples.
 template <class Body>
-void for_parts(int threads, std::int64_t batch, std::int64_t n, const Body& body) {
-  const std::int64_t tasks = tasks_of(n);
+void for_parts(int threads, std::int64_t batch, std::int64_t n, const Body& body,
+               std::int64_t size = kTask) {
+  const std::int64_t tasks = ceil_div(n, size);
   parallel_for(threads, batch * tasks, [&](std::int64_t task) {
-    const std::int64_t begin = task % tasks * kTask;
-    body(task / tasks, begin, std::min(begin + kTask, n), task);
+    const std::int64_t begin = task % tasks * size;
+    body(task / tasks, begin, std::min(begin + size, n), task);
   });
 }
 
@@ -164,7 +166,8 @@ void step_cpu(const Step& step, int threads) {
     }
   }
   const Kernels& kernels = T2P_DISPATCH(kKernels);
-  const std::int64_t alone = step.source == Noise::kPhilox ? kAloneWithNoise : kAlone;
+  const bool noisy = step.source == Noise::kPhilox;
+  const std::int64_t alone = noisy ? kAloneWithNoise : kAlone;
   if (step.batch * step.n <= alone) threads = 1;
   // A threshold of at most 1 is that value for every sample.
   const bool fixed = step.bound == Bound::kThreshold && step.limit <= 1;
@@ -180,26 +183,30 @@ void step_cpu(const Step& step, int threads) {
   std::vector<SampleState> states(step.batch, common);
   if (rescaled) set_factors(kernels, step, threads, states);
   if (selected) set_thresholds(kernels, step, threads, states);
-  for_parts(threads, step.batch, step.n,
-            [&](std::int64_t b, std::int64_t begin, std::int64_t end, std::int64_t) {
-              kernels.update(step, states[b], b, begin, end);
-            });
+  for_parts(
+      threads, step.batch, step.n,
+      [&](std::int64_t b, std::int64_t begin, std::int64_t end, std::int64_t) {
+        kernels.update(step, states[b], b, begin, end);
+      },
+      noisy ? kNoisyTask : kTask);
 }
 
 void noise_cpu(const std::int64_t* seeds, std::uint64_t seed, std::uint64_t offset,
                std::int64_t batch, std::int64_t n, int threads, float* out) {
   const Kernels& kernels = T2P_DISPATCH(kKernels);
-  for_parts(threads, batch, n,
-            [&](std::int64_t b, std::int64_t begin, std::int64_t end, std::int64_t) {
-              alignas(64) float chunk[kChunk];
-              const std::uint64_t key = seeds ? static_cast<std::uint64_t>(seeds[b]) : seed;
-              const std::uint64_t index = seeds ? 0 : static_cast<std::uint64_t>(b) << 32;
-              for (; begin < end; begin += kChunk) {
-                const std::int64_t count = std::min<std::int64_t>(kChunk, end - begin);
-                kernels.noise(key, offset, index, begin, begin + count, chunk);
-                std::copy_n(chunk, count, out + b * n + begin);
-              }
-            });
+  for_parts(
+      threads, batch, n,
+      [&](std::int64_t b, std::int64_t begin, std::int64_t end, std::int64_t) {
+        alignas(64) float chunk[kChunk];
+        const std::uint64_t key = seeds ? static_cast<std::uint64_t>(seeds[b]) : seed;
+        const std::uint64_t index = seeds ? 0 : static_cast<std::uint64_t>(b) << 32;
+        for (; begin < end; begin += kChunk) {
+          const std::int64_t count = std::min<std::int64_t>(kChunk, end - begin);
+          kernels.noise(key, offset, index, begin, begin + count, chunk);
+          std::copy_n(chunk, count, out + b * n + begin);
+        }
+      },
+      kNoisyTask);
 }
 
 }  // namespace t2p::scheduler

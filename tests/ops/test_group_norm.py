@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Channels, groups and positions about the edges of vectors (4, 8, 16), tiles of channels (32),
-# blocks (2048 elements, 64 positions) and of what one thread does alone (16384 elements).
+# blocks (8192 elements in runs of 2048, 64 positions) and of what one thread does alone (16384).
 SHAPES = [
     ((1, 1), 1), ((3, 6), 2), ((2, 32, 1, 1), 4), ((1, 4, 7), 2), ((2, 6, 5, 7), 3),
     ((2, 33, 8, 8), 11), ((1, 40, 8, 8), 40), ((2, 48, 3, 3), 1), ((1, 3, 27, 29), 3),
@@ -226,6 +226,18 @@ def test_empty(device: torch.device) -> None:
         assert x.grad.shape == shape
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_large_results_are_those_of_their_parts(layout: str) -> None:
+    """From 16 MiB on the CPU writes past the caches, and other samples are what makes it so."""
+    tensors = _laid_out(_inputs((2, 16, 256, 513), torch.float32, 5, ("weight",)), layout)
+    x, weight = tensors["x"], tensors["weight"]
+    whole = group_norm_silu(x, 4, weight)
+    assert whole.nbytes > 2**24
+    for i in range(2):
+        part = group_norm_silu(_laid_out({"x": x[i : i + 1]}, layout)["x"], 4, weight)
+        assert torch.equal(whole[i : i + 1], part)
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 40, 40), (1, 4, 200, 100)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_threads_do_not_change_a_bit(shape: tuple[int, ...], layout: str) -> None:
@@ -242,7 +254,7 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...], layout: str) -> Non
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_every_instruction_set(isa: str, run_python: Callable[..., str]) -> None:
     program = """
 import torch, t2p_fast

@@ -204,6 +204,9 @@ def test_configuration(kind: Any, tmp_path: Path) -> None:
     scheduler.save_pretrained(tmp_path)
     loaded = kind.from_pretrained(tmp_path)
     assert loaded.config.num_train_timesteps == len(loaded) == 500
+    assert {**loaded.config, "_use_default_values": None} == {
+        **scheduler.config, "_use_default_values": None
+    }  # fmt: skip
     other, unused = kind.from_config({**scheduler.config, "unheard_of": 3}, True)
     assert other.config["unheard_of"] == unused["unheard_of"] == 3
     assert (
@@ -216,6 +219,10 @@ def test_configuration(kind: Any, tmp_path: Path) -> None:
         scheduler.config["num_train_timesteps"] = 3
     with pytest.raises(AttributeError, match="has no 'nonsense'"):
         _ = scheduler.config.nonsense
+    with pytest.warns(FutureWarning, match=r"use \w+\.config\.unheard_of"):
+        assert other.unheard_of == 3
+    with pytest.raises(AttributeError, match=f"'{kind.__name__}' object has no attribute 'nonse"):
+        _ = other.nonsense
     with pytest.raises(ValueError, match="expected a configuration, got a str"):
         kind.from_config("folder")
     with pytest.raises(OSError, match="has no file"):
@@ -241,6 +248,24 @@ def test_trained_betas(kind: Any, tmp_path: Path) -> None:
     assert kind.from_pretrained(tmp_path).betas.tolist() == scheduler.betas.tolist()
     with pytest.raises(ValueError, match="trained_betas must be a list of numbers from 0 to 1"):
         kind(trained_betas=[0.1, 3.0])
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+def test_betas_above_one_give_nan_where_they_leave_no_signal(kind: Any) -> None:
+    scheduler = kind(beta_start=0.1, beta_end=2.0, clip_sample=False)
+    scheduler.set_timesteps(50)
+    x = torch.randn(1, 3, 4, 4)
+    assert scheduler.step(x, 980, x).prev_sample.isnan().all()
+    assert scheduler.step(x, 0, x).prev_sample.isfinite().all()
+
+
+def test_previous_timestep_of_a_tensor_is_one() -> None:
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[100, 87, 0])
+    previous = [scheduler.previous_timestep(t) for t in scheduler.timesteps]
+    assert all(isinstance(t, torch.Tensor) for t in previous)
+    assert [t.item() for t in previous] == [87, 0, -1]
+    assert scheduler.previous_timestep(100) == 87
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -234,7 +234,7 @@ def group_norm_silu(
     2018); scale and shift are those of a time embedding (Dhariwal and Nichol, 2021, section 3).
 
     Arithmetic is in float32, rounded once to the dtype of x; statistics are combined in float64
-    from blocks of at most 2048 elements, in an order that does not depend on the threads. They are
+    from blocks of at most 8192 elements, in an order that does not depend on the threads. They are
     taken about each block's own mean: the result errs by a few units of float32 in the normalised
     values also where the mean is 10^4 times the spread. Values whose squared deviations leave the
     range of float32 (spread above 10^17) give NaN. On a GPU a group that fits into the registers

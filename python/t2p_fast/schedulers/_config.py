@@ -10,10 +10,11 @@ import inspect
 import json
 import logging
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -81,7 +82,23 @@ class Configurable:
     """A class with a configuration; the names are those of diffusers' ConfigMixin."""
 
     config_name = CONFIG_NAME
+    _deprecated_kwargs: ClassVar[tuple[str, ...]] = ()  # diffusers asks for it
     _internal_dict: Mapping[str, Any]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            entries = self.__dict__.get("_internal_dict", {})
+            owner = type(self).__name__
+            if name not in entries:
+                raise AttributeError(f"{owner!r} object has no attribute {name!r}")
+            # Old pipelines read entries so; diffusers warns of it in the same way.
+            warnings.warn(
+                f"{owner}.{name} is an entry of the configuration: use {owner}.config.{name}",
+                FutureWarning,
+                stacklevel=2,
+            )
+            return entries[name]
 
     @property
     def config(self) -> Any:
@@ -119,15 +136,13 @@ class Configurable:
                 f"{cls.__name__}.from_config: expected a configuration, got a "
                 f"{type(config).__name__}; from_pretrained reads files"
             )
-        by_default = config.get(_DEFAULTS, [])
-        entries = {k: v for k, v in config.items() if k not in by_default and k != _DEFAULTS}
+        dropped = {*config.get(_DEFAULTS, []), _DEFAULTS, "_class_name"}
+        entries = {k: v for k, v in config.items() if k not in dropped}
         expected = set(inspect.signature(cls.__init__).parameters) - {"self"}
         arguments = {k: v for k, v in entries.items() if k in expected}
         arguments |= {k: kwargs.pop(k) for k in list(kwargs) if k in expected}
         scheduler = cls(**arguments)
         hidden = {k: v for k, v in entries.items() if k not in arguments}
-        if "_class_name" in hidden:
-            hidden["_class_name"] = cls.__name__
         scheduler.register_to_config(**hidden)
         return (scheduler, {**kwargs, **hidden}) if return_unused_kwargs else scheduler
 

@@ -68,8 +68,11 @@ class DiscreteScheduler(Scheduler):
         self._previous: list[int] = following.tolist()
         config = self.config
         self._bounds = self._bound()
+        # Betas above 1 leave no signal either, by mistake: they give NaN there, as in diffusers.
         self._epsilon_without_signal = (
-            config.prediction_type == "epsilon" and float(self._products[-1]) <= 0
+            config.prediction_type == "epsilon"
+            and config.rescale_betas_zero_snr
+            and float(self._products[-1]) <= 0
         )
         if self._epsilon_without_signal and self.num_inference_steps:
             for value in self._values:
@@ -98,7 +101,7 @@ class DiscreteScheduler(Scheduler):
         next_products = torch.where(following >= 0, products[following.clamp(min=0)],
                                     self._final_product)  # fmt: skip
         usable = products
-        if self._epsilon_without_signal:  # a row that is never used by number
+        if self.config.prediction_type == "epsilon":  # rows of timesteps without signal
             usable = products.where(products > 0, torch.nan)
         return (
             usable.sqrt(), (1 - usable).sqrt(), next_products.sqrt(), (1 - next_products).sqrt(),

@@ -97,9 +97,13 @@ class DDPMScheduler(DiscreteScheduler):
         self.custom_timesteps = timesteps is not None
         self._set_schedule(chosen, device)
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The timestep that follows `timestep` in the schedule; -1 after the last."""
-        return self._previous[int(timestep)]
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep that follows `timestep` in the schedule; -1 after the last.
+
+        An int64 tensor on the host if `timestep` is a tensor.
+        """
+        previous = self._previous[int(timestep)]
+        return torch.tensor(previous) if isinstance(timestep, Tensor) else previous
 
     def step(
         self,
