@@ -42,6 +42,23 @@ struct Sums {
   }
 };
 
+// That of a code that is not finite, a NaN, becomes infinite.
+template <Metric kMetric>
+T2P_INLINE F64 distances_from(const F64 (&squares)[kLanes / 2], const F64 (&products)[kLanes / 2]) {
+  F64 distance;
+  if constexpr (kMetric == Metric::kL2) {
+    distance = reduce_add_each(squares);
+  } else {
+    distance = sub(broadcast(0.0), reduce_add_each(products));
+    if constexpr (kMetric == Metric::kCosine) {
+      // A code of length 0 has the product 0; the smallest number keeps the quotient 0.
+      const F64 norm = square_root(reduce_add_each(squares));
+      distance = divide(distance, max(norm, broadcast(1e-300)));
+    }
+  }
+  return min(distance, broadcast(double{__builtin_inff()}));
+}
+
 // Offers code[count], count <= kCodes; all kCodes are read. Numbers past the last code stand for
 // it, which changes nothing. For kCosine the distances are -x.c / |c|.
 template <Metric kMetric, int kCodes>
@@ -73,20 +90,9 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
     squares[v] = sums[v % kCodes].squares;
     products[v] = sums[v % kCodes].product;
   }
-  F64 distance;
-  if constexpr (kMetric == Metric::kL2) {
-    distance = reduce_add_each(squares);
-  } else {
-    distance = sub(broadcast(0.0), reduce_add_each(products));
-    if constexpr (kMetric == Metric::kCosine) {
-      // A code of length 0 has the product 0; the smallest number keeps the quotient 0.
-      const F64 norm = square_root(reduce_add_each(squares));
-      distance = divide(distance, max(norm, broadcast(1e-300)));
-    }
-  }
-  // The distance of a code that is not finite, a NaN, becomes infinite.
   const F64 infinity = broadcast(double{__builtin_inff()});
-  distance = keep_first(min(distance, infinity), count, infinity);
+  const F64 distance =
+      keep_first(distances_from<kMetric>(squares, products), count, infinity);
   const double least = reduce_min(distance);
   auto equal = bits_where_equal(distance, broadcast(least));
   for (; equal; equal &= equal - 1) {  // hardly ever of two codes
@@ -182,6 +188,30 @@ T2P_INLINE double distance_of(const Codebook& codebook, const float* row, std::i
   if constexpr (kMetric == Metric::kDot) return product;
   const double norm = __builtin_sqrt(reduce_add(sums.squares));
   return product / (norm > 1e-300 ? norm : 1e-300);
+}
+
+// The distances of kLanes / 2 rows, `stride` apart, each to one code. Rows from `count` on are taken
+// for the last one.
+template <Metric kMetric>
+T2P_INLINE F64 distance_each(const Codebook& codebook, const float* rows, std::int64_t stride,
+                             std::int64_t count, const std::int32_t* code) {
+  constexpr int kStep = kLanes / 2;
+  const std::int64_t d = codebook.d, last = codebook.k - 1;
+  F64 squares[kStep], products[kStep];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStep; ++v) {
+    const float* row = rows + smaller(v, count - 1) * stride;
+    const float* other = codebook.codes + smaller(code[v], last) * d;
+    Sums<kMetric> sums;
+    sums.start();
+    for (std::int64_t t = 0; t < d; t += kStep) {
+      const int left = static_cast<int>(smaller(kStep, d - t));
+      sums.add_channels(load_f64_first(row + t, left), load_f64_first(other + t, left));
+    }
+    squares[v] = sums.squares;
+    products[v] = sums.product;
+  }
+  return distances_from<kMetric>(squares, products);
 }
 
 template <Metric kMetric>
