@@ -26,6 +26,17 @@
 namespace t2p::vq::T2P_ISA_NAMESPACE {
 namespace {
 
+// A span's codes, and their numbers from memory: an addition would be one more operation on vectors,
+// which are what the scan waits for.
+constexpr int kSpanCodes = 256 / kCoarseCodes * kCoarseCodes;
+struct Numbers {
+  std::int32_t of[kSpanCodes];
+  constexpr Numbers() : of{} {
+    for (int j = 0; j < kSpanCodes; ++j) of[j] = j;
+  }
+};
+constexpr Numbers kNumbers;
+
 class WordSearch {
  public:
   WordSearch(const Codebook& codebook, const CoarseCodebook& coarse, const Rows<const float>& x,
@@ -52,9 +63,9 @@ class WordSearch {
   }
 
  private:
-  static constexpr int kTileVectors = 2;
+  static constexpr int kTileVectors = kLanes == 16 ? 2 : 1;
   static constexpr std::int64_t kTile = kTileVectors * kLanes;
-  static constexpr int kSpanPanels = 256 / kCoarseCodes;
+  static constexpr int kSpanPanels = kSpanCodes / kCoarseCodes;
   static constexpr int kMaxCompared = 128;  // codes of a row that are compared, at most
 
   // Of kLanes rows: the largest and second largest integers, a code's number in the lowest byte,
@@ -73,7 +84,7 @@ class WordSearch {
     for (std::int64_t p = panels_.begin; p < panels_.end; p += kSpanPanels) {
       const std::int64_t end = smaller(p + kSpanPanels, panels_.end);
       // What a code's sum begins with is one number for kLanes rows.
-      alignas(64) std::int32_t start[kTileVectors][256];
+      alignas(64) std::int32_t start[kTileVectors][kSpanCodes];
       for (std::int64_t j = 0; j < (end - p) * kCoarseCodes; j += kLanes) {
         const F32 half_norm = load(coarse_.half_norms + p * kCoarseCodes + j);
         for (int g = 0; g < kTileVectors; ++g) {
@@ -81,15 +92,15 @@ class WordSearch {
           store(start[g] + j, to_i32(mul(half_norm, broadcast(per_unit))));
         }
       }
-      I32 best[kTileVectors], second[kTileVectors], number = broadcast(0);
+      I32 best[kTileVectors], second[kTileVectors];
       for (int g = 0; g < kTileVectors; ++g) best[g] = second[g] = broadcast(INT32_MIN);
-      const std::int32_t* starts = start[0];
+      int at = 0;
       for (std::int64_t q = p; q < end; ++q) {
         const std::uint8_t* panel = coarse_.panels + q * kSteps * kCoarseCodes * 4;
-        for (int j = 0; j < kCoarseCodes; ++j, ++starts) {
+        for (int j = 0; j < kCoarseCodes; ++j, ++at) {
           I32 sums[kTileVectors];
 #pragma GCC unroll 4
-          for (int g = 0; g < kTileVectors; ++g) sums[g] = broadcast(starts[g * 256]);
+          for (int g = 0; g < kTileVectors; ++g) sums[g] = broadcast(start[g][at]);
 #pragma GCC unroll 4
           for (int s = 0; s < kSteps; ++s) {
             std::int32_t two;
@@ -98,13 +109,13 @@ class WordSearch {
 #pragma GCC unroll 4
             for (int g = 0; g < kTileVectors; ++g) sums[g] = dot_words(sums[g], row[g][s], code);
           }
+          const I32 number = broadcast(kNumbers.of[at]);
 #pragma GCC unroll 4
           for (int g = 0; g < kTileVectors; ++g) {
             const I32 value = with_low_byte(sums[g], number);
             second[g] = max(second[g], min(best[g], value));
             best[g] = max(best[g], value);
           }
-          number = add(number, broadcast(1));
         }
       }
       for (int g = 0; g < kTileVectors; ++g) {
