@@ -28,7 +28,7 @@ namespace {
 
 // What turns the scores of kLanes rows into integers, and what bounds them, row by row.
 struct RowBounds {
-  float per_unit;               // 1 / (ab); 0 if the rows cannot be used
+  float per_unit = 0;           // 1 / (ab); 0 if the rows cannot be used
   std::int32_t margin[kLanes];  // 2E / (ab); -1 gives a row up
   std::int32_t zero[kLanes];    // z p.1
   float half_norm[kLanes];      // |x'|^2 / (2ab): less the integer it is |x' - c'|^2 / (2ab)
