@@ -23,13 +23,16 @@ constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are noted for a row before it is given up.
 constexpr int kMaxCandidates = 128;
-// With few channels the codes of a panel that share a lane compete as one, and are scored again if
-// it passes; with more, what it takes to keep them apart is little.
-constexpr std::int64_t kMergedChannels = 64;
+// With few channels and many panels the codes of a panel that share a lane compete as one, and are
+// scored again if it passes; else what it takes to keep them apart is little.
+constexpr std::int64_t kFewChannels = 64;
+T2P_INLINE bool merge_lanes(std::int64_t d, std::int64_t panels) {
+  return d <= kFewChannels && panels > 6 + d / 4;
+}
 
-T2P_INLINE int coarse_group(std::int64_t d) {
+T2P_INLINE int coarse_group(std::int64_t d, bool merged) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
-  const int most = d > kMergedChannels ? kMaxGroupVectors / kCoarseVectors : kMaxCoarseGroup;
+  const int most = merged ? kMaxCoarseGroup : kMaxGroupVectors / kCoarseVectors;
   return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, most));
 }
 
@@ -43,7 +46,7 @@ class ByteSearch {
                PanelRange panels, std::uint8_t* scratch)
       : codebook_(codebook),
         panels_(panels),
-        d_(codebook.d),
+        merged_(merge_lanes(codebook.d, panels.end - panels.begin)),
         rows_(codebook, coarse, x, scratch) {}
 
   void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
@@ -60,7 +63,7 @@ class ByteSearch {
       best_[i] = INT32_MIN;
       candidates_[i] = rows_.bounds(i).margin[i % kLanes] < 0 ? kGivenUp : 0;
     }
-    const int group = coarse_group(d_), kept = d_ > kMergedChannels ? kCoarseVectors : 1;
+    const int group = coarse_group(codebook_.d, merged_), kept = merged_ ? 1 : kCoarseVectors;
     alignas(64) Maxima maxima[kLanes];
     for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
       const int size = static_cast<int>(smaller(group, panels_.end - p));
@@ -71,7 +74,7 @@ class ByteSearch {
             rows_.score<kTileRows>(p + q, i + tile, sums);
 #pragma GCC unroll 8
             for (int m = 0; m < kTileRows; ++m) {
-              if (kept == 1) {
+              if (merged_) {
                 I32 largest = sums[m][0];
 #pragma GCC unroll 4
                 for (int v = 1; v < kCoarseVectors; ++v) largest = max(largest, sums[m][v]);
@@ -183,12 +186,17 @@ class ByteSearch {
     begin[count] = lanes;
     Nearest nearest[kResolvedRows];
     for (std::int64_t r = 0; r < count; ++r) nearest[r] = {double{kInfinity}, kUndecided};
-    if (d_ <= kMergedChannels) offer_rescored(i, row, place, lanes, nearest);
-    for (std::int64_t r = 0; d_ > kMergedChannels && r < count; ++r) {
-      std::int32_t code[kMaxCandidates + kOfferRoom];
-      const int codes = begin[r + 1] - begin[r];
-      __builtin_memcpy(code, place + begin[r], static_cast<std::size_t>(codes) * sizeof *code);
-      if (codes) offer_codes(codebook_, rows_.row(i + r), code, codes, nearest[r]);
+    if (merged_) {
+      offer_rescored(i, row, place, lanes, nearest);
+    } else if (codebook_.d <= kFewChannels) {
+      offer_each(codebook_, rows_.row(i), rows_.stride(), row, place, lanes, nearest);
+    } else {
+      for (std::int64_t r = 0; r < count; ++r) {
+        std::int32_t code[kMaxCandidates + kOfferRoom];
+        const int codes = begin[r + 1] - begin[r];
+        __builtin_memcpy(code, place + begin[r], static_cast<std::size_t>(codes) * sizeof *code);
+        if (codes) offer_codes(codebook_, rows_.row(i + r), code, codes, nearest[r]);
+      }
     }
     for (std::int64_t r = 0; r < count; ++r) {
       distance[r] = nearest[r].distance;
@@ -224,7 +232,7 @@ class ByteSearch {
 
   const Codebook& codebook_;
   const PanelRange panels_;
-  const std::int64_t d_;
+  const bool merged_;
   RoundedRows<Bytes> rows_;
   std::int32_t best_[kCoarseBlockRows], threshold_[kCoarseBlockRows];
   int candidates_[kCoarseBlockRows];

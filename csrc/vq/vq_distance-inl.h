@@ -40,6 +40,15 @@ struct Sums {
       if constexpr (kMetric == Metric::kCosine) squares = multiply_add(c, c, squares);
     }
   }
+  T2P_INLINE void add_all(const float* x, const float* c, std::int64_t d) {
+    constexpr int kStep = kLanes / 2;
+    start();
+    std::int64_t t = 0;
+    for (; t + kStep <= d; t += kStep) add_channels(load_f64(x + t), load_f64(c + t));
+    if (const int left = static_cast<int>(d - t)) {
+      add_channels(load_f64_first(x + t, left), load_f64_first(c + t, left));
+    }
+  }
 };
 
 // That of a code that is not finite, a NaN, becomes infinite.
@@ -175,14 +184,8 @@ inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t
 
 template <Metric kMetric>
 T2P_INLINE double distance_of(const Codebook& codebook, const float* row, std::int64_t index) {
-  constexpr int kStep = kLanes / 2;
-  const float* code = codebook.codes + index * codebook.d;
   Sums<kMetric> sums;
-  sums.start();
-  for (std::int64_t t = 0; t < codebook.d; t += kStep) {
-    const int left = static_cast<int>(smaller(kStep, codebook.d - t));
-    sums.add_channels(load_f64_first(row + t, left), load_f64_first(code + t, left));
-  }
+  sums.add_all(row, codebook.codes + index * codebook.d, codebook.d);
   if constexpr (kMetric == Metric::kL2) return reduce_add(sums.squares);
   const double product = -reduce_add(sums.product);
   if constexpr (kMetric == Metric::kDot) return product;
@@ -203,11 +206,7 @@ T2P_INLINE F64 distance_each(const Codebook& codebook, const float* rows, std::i
     const float* row = rows + smaller(v, count - 1) * stride;
     const float* other = codebook.codes + smaller(code[v], last) * d;
     Sums<kMetric> sums;
-    sums.start();
-    for (std::int64_t t = 0; t < d; t += kStep) {
-      const int left = static_cast<int>(smaller(kStep, d - t));
-      sums.add_channels(load_f64_first(row + t, left), load_f64_first(other + t, left));
-    }
+    sums.add_all(row, other, d);
     squares[v] = sums.squares;
     products[v] = sums.product;
   }
