@@ -43,7 +43,8 @@ class CodeBounds {
         d_(static_cast<float>(codebook.d)),
         radius_(norm_bound(2 * coarse.largest_half_norm, codebook.d)),
         rounding_(norm_bound(coarse.largest_rounding, codebook.d)),
-        float_error_(radius_, codebook.d) {}
+        float_error_(codebook.d),
+        float_slope_(float_error_.slope(radius_)) {}
 
   T2P_INLINE void bound_rows(const Rounding& rows, float per_unit, std::int32_t code_zero,
                              RowBounds& bounds) const {
@@ -60,8 +61,8 @@ class CodeBounds {
     const F32 integer_error = multiply_add(half_norm, broadcast(relative), broadcast(code_error));
 
     F32 error = mul(off, broadcast(2.01f * radius_));
-    error = multiply_add(norm, broadcast(2.01f * rounding_ + float_error_.slope), error);
-    error = add(error, broadcast(float_error_.slope * radius_ + float_error_.tiny));
+    error = multiply_add(norm, broadcast(2.01f * rounding_ + float_slope_), error);
+    error = add(error, broadcast(float_slope_ * radius_ + float_error_.tiny));
     if (l2_) error = add(error, broadcast(2.01f * rounding_ * code_norm));
     const F32 margin = multiply_add(error, broadcast(1.01f * per_unit), broadcast(code_error));
 
@@ -87,6 +88,7 @@ class CodeBounds {
   const float d_;
   const float radius_, rounding_;  // at least |c| and |c - c'|
   const TwiceErrorBound float_error_;
+  const float float_slope_;
 };
 
 // The margins below the integers `best` of kLanes rows.
