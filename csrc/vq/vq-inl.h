@@ -8,8 +8,8 @@
 // nearest code has s <= min(s) + 2E; the few codes under that limit are compared by their float64
 // distance. E grows with the norms of x and c, so both are centred on the codebook first: far from
 // the origin the limit would otherwise let every code pass. It is that of the largest code, and
-// where this leaves too many, every code's own: in training a few codes may be large, and all others
-// still as small as they began.
+// where this leaves too many, every code's own: in training a few codes may be large, and all
+// others still as small as they began.
 #include <cstdint>
 
 #include "common/simd.h"
@@ -42,8 +42,7 @@ std::int64_t block_rows(std::int64_t d) {
 }
 
 std::int64_t scratch_size(std::int64_t d) {
-  return (block_rows(d) + kTileRows + 1) * row_stride(d) +
-         group_size(d) * (d + 1) * kPanelCodes;
+  return (block_rows(d) + kTileRows + 1) * row_stride(d) + group_size(d) * (d + 1) * kPanelCodes;
 }
 
 // The kPanelVectors codes of a panel that share a lane compete as one. Of each row and lane the

@@ -43,7 +43,7 @@ using Maxima = std::int32_t[kMaxGroupVectors][kLanes];
 class ByteSearch {
  public:
   ByteSearch(const Codebook& codebook, const CoarseCodebook& coarse, const Rows<const float>& x,
-               PanelRange panels, std::uint8_t* scratch)
+             PanelRange panels, std::uint8_t* scratch)
       : codebook_(codebook),
         panels_(panels),
         merged_(merge_lanes(codebook.d, panels.end - panels.begin)),
@@ -59,7 +59,8 @@ class ByteSearch {
 
  private:
   void scan(std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
+    // Up to the last vector's end: what is beyond the rows is given up like them.
+    for (std::int64_t i = 0; i < (count + kLanes - 1) / kLanes * kLanes; ++i) {
       best_[i] = INT32_MIN;
       candidates_[i] = rows_.bounds(i).margin[i % kLanes] < 0 ? kGivenUp : 0;
     }

@@ -100,8 +100,7 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
     products[v] = sums[v % kCodes].product;
   }
   const F64 infinity = broadcast(double{__builtin_inff()});
-  const F64 distance =
-      keep_first(distances_from<kMetric>(squares, products), count, infinity);
+  const F64 distance = keep_first(distances_from<kMetric>(squares, products), count, infinity);
   const double least = reduce_min(distance);
   auto equal = bits_where_equal(distance, broadcast(least));
   for (; equal; equal &= equal - 1) {  // hardly ever of two codes
@@ -193,8 +192,8 @@ T2P_INLINE double distance_of(const Codebook& codebook, const float* row, std::i
   return product / (norm > 1e-300 ? norm : 1e-300);
 }
 
-// The distances of kLanes / 2 rows, `stride` apart, each to one code. Rows from `count` on are taken
-// for the last one.
+// The distances of kLanes / 2 rows, `stride` apart, each to one code. Rows from `count` on are
+// taken for the last one.
 template <Metric kMetric>
 T2P_INLINE F64 distance_each(const Codebook& codebook, const float* rows, std::int64_t stride,
                              std::int64_t count, const std::int32_t* code) {

@@ -83,10 +83,9 @@ class RoundedRows {
   // Of the rows [i, i + kRows), all of one step, against panel p.
   template <int kRows>
   T2P_INLINE void score(std::int64_t p, std::int64_t i, I32 (&sums)[kRows][kCoarseVectors]) const {
-    score_integers<Integers, kRows>(coarse_.panels + p * steps_ * kCoarseCodes * 4,
-                                    coarse_.half_norms + p * kCoarseCodes,
-                                    rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_,
-                                    bounds(i).per_unit, sums);
+    score_integers<Integers, kRows>(
+        coarse_.panels + p * steps_ * kCoarseCodes * 4, coarse_.half_norms + p * kCoarseCodes,
+        rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_, bounds(i).per_unit, sums);
   }
 
  private:

@@ -26,8 +26,8 @@
 namespace t2p::vq::T2P_ISA_NAMESPACE {
 namespace {
 
-// A span's codes, and their numbers from memory: an addition would be one more operation on vectors,
-// which are what the scan waits for.
+// A span's codes, and their numbers from memory: an addition would be one more operation on
+// vectors, which are what the scan waits for.
 constexpr int kSpanCodes = 256 / kCoarseCodes * kCoarseCodes;
 struct Numbers {
   std::int32_t of[kSpanCodes];
@@ -121,8 +121,8 @@ class WordSearch {
       for (int g = 0; g < kTileVectors; ++g) {
         Found& all = found[g];
         all.second = max(max(all.second, second[g]), min(all.best, best[g]));
-        all.panel = select(less(all.best, best[g]), broadcast(static_cast<std::int32_t>(p)),
-                           all.panel);
+        all.panel =
+            select(less(all.best, best[g]), broadcast(static_cast<std::int32_t>(p)), all.panel);
         all.best = max(all.best, best[g]);
       }
     }
