@@ -36,11 +36,11 @@ void find_center(const float* codebook, std::int64_t k, std::int64_t d, float* c
   }
 }
 
-// Words take twice the time of bytes, which leave more codes to compare. How many is estimated: of
-// codes that are spread evenly, with the mean deviation s from the centre, the one nearest to a row
-// is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the largest deviation.
-// A row's comparison with one code weighs as much as the difference
-// between two scans of about 2500.
+// Words take up to half more time than bytes, which leave more codes to compare. How many is
+// estimated: of codes that are spread evenly, with the mean deviation s from the centre, the one
+// nearest to a row is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the
+// largest deviation. A row's comparison with one code weighs as much as what words take longer for
+// about 2500.
 Format choose_format(const Codebook& codebook, float magnitude) {
   const std::int64_t k = codebook.k, d = codebook.d;
   if (d > kMostWordChannels) return Format::kBytes;
