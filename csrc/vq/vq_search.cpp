@@ -17,6 +17,8 @@ namespace {
 
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
+// What is packed in a few microseconds, sooner than another thread has begun.
+constexpr std::int64_t kLeastSharedPacking = 16 * 1024;
 // With so few channels words take no more time than bytes, or may pay for themselves.
 constexpr std::int64_t kLeastByteChannels = 3, kMostWordChannels = 8;
 
@@ -137,6 +139,7 @@ PackedHeader header_of(const std::uint8_t* packed) {
 // `codebook` without a center, which is found here.
 void pack(const SearchKernels& kernels, Codebook codebook, int threads, std::uint8_t* packed) {
   const std::int64_t k = codebook.k, d = codebook.d;
+  if (k * d < kLeastSharedPacking) threads = 1;
   const PackedLayout layout(kernels, k, d);
   find_center(codebook.scored, k, d, at<float>(packed, layout.center));
   codebook.center = at<float>(packed, layout.center);
