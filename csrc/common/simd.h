@@ -15,10 +15,11 @@
 // their number; it may write a whole vector.
 //
 // join_words and join_bytes put the low halves or bytes of their operands side by side in every
-// lane, the first lowest. dot_words adds to every lane of a sum the two products of the signed
-// 16-bit numbers in it, dot_bytes the four products of its unsigned bytes `a` and signed bytes `b`.
-// AVX-512 VNNI has an instruction for it; elsewhere the products of two neighbours are first added
-// up in 16 bits, so bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
+// lane, the first lowest; with_low_byte puts the lowest byte of `b` in the place of that of `a`.
+// dot_words adds to every lane of a sum the two products of the signed 16-bit numbers in it,
+// dot_bytes the four products of its unsigned bytes `a` and signed bytes `b`. AVX-512 VNNI has an
+// instruction for it; elsewhere the products of two neighbours are first added up in 16 bits, so
+// bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
 // With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's
 // lowest, dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and

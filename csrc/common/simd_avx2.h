@@ -56,6 +56,7 @@ T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 T2P_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+T2P_INLINE void store(double* p, F64 a) { _mm256_storeu_pd(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
@@ -204,6 +205,9 @@ T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
   const __m256i high =
       _mm256_or_si256(_mm256_and_si256(a[2].v, byte), _mm256_slli_epi32(a[3].v, 8));
   return join_words({low}, {high});
+}
+T2P_INLINE I32 with_low_byte(I32 a, I32 b) {
+  return {_mm256_blendv_epi8(a.v, b.v, _mm256_set1_epi32(255))};
 }
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};

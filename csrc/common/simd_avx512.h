@@ -52,6 +52,7 @@ T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 T2P_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+T2P_INLINE void store(double* p, F64 a) { _mm512_storeu_pd(p, a.v); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 T2P_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
 T2P_INLINE I32 broadcast(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
@@ -182,6 +183,9 @@ T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
   const __m512i high =
       _mm512_mask_blend_epi8(0x2222222222222222, a[2].v, _mm512_slli_epi32(a[3].v, 8));
   return join_words({low}, {high});
+}
+T2P_INLINE I32 with_low_byte(I32 a, I32 b) {
+  return {_mm512_ternarylogic_epi32(a.v, _mm512_set1_epi32(255), b.v, 0xb8)};
 }
 #if defined(__AVX512VNNI__)
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {

@@ -79,6 +79,7 @@ T2P_INLINE void store_f16(std::uint16_t* p, F32 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_float16(a.v[i]);
 }
 T2P_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+T2P_INLINE void store(double* p, F64 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE void store(std::int32_t* p, I32 a) { __builtin_memcpy(p, &a, sizeof(a)); }
 T2P_INLINE F32 broadcast(float a) { return {F32::type{a, a, a, a}}; }
 T2P_INLINE I32 broadcast(std::int32_t a) { return {I32::type{a, a, a, a}}; }
@@ -193,6 +194,7 @@ T2P_INLINE I32 join_words(I32 a, I32 b) { return {(a.v & 0xffff) | (b.v << 16)};
 T2P_INLINE I32 join_bytes(const I32 (&a)[4]) {
   return join_words({(a[0].v & 255) | (a[1].v << 8)}, {(a[2].v & 255) | (a[3].v << 8)});
 }
+T2P_INLINE I32 with_low_byte(I32 a, I32 b) { return {(a.v & ~255) | (b.v & 255)}; }
 T2P_INLINE I32 dot_words(I32 sum, I32 a, I32 b) {
   for (int i = 0; i < kLanes; ++i) {
     sum.v[i] += static_cast<std::int16_t>(a.v[i]) * static_cast<std::int16_t>(b.v[i]) +

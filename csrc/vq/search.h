@@ -36,7 +36,7 @@ struct Codebook {
 
 // The same in small integers: value = scale * (integer - zero). They are bytes, four channels of a
 // code side by side, or 16-bit words, two by two; the last ones are filled up with zeros. Words are
-// more exact and take twice the time.
+// more exact, take longer, and are for few channels.
 enum class Format { kBytes, kWords };
 
 struct CoarseCodebook {

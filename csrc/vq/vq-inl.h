@@ -7,7 +7,9 @@
 // only used to discard codes. With S the exact score, s the computed one and E >= |s - S|, the
 // nearest code has s <= min(s) + 2E; the few codes under that limit are compared by their float64
 // distance. E grows with the norms of x and c, so both are centred on the codebook first: far from
-// the origin the limit would otherwise let every code pass.
+// the origin the limit would otherwise let every code pass. It is that of the largest code, and
+// where this leaves too many, every code's own: in training a few codes may be large, and all
+// others still as small as they began.
 #include <cstdint>
 
 #include "common/simd.h"
@@ -40,8 +42,7 @@ std::int64_t block_rows(std::int64_t d) {
 }
 
 std::int64_t scratch_size(std::int64_t d) {
-  return (block_rows(d) + 2 * kTileRows + 1) * row_stride(d) +
-         group_size(d) * (d + 1) * kPanelCodes;
+  return (block_rows(d) + kTileRows + 1) * row_stride(d) + group_size(d) * (d + 1) * kPanelCodes;
 }
 
 // The kPanelVectors codes of a panel that share a lane compete as one. Of each row and lane the
@@ -80,9 +81,9 @@ class BlockSearch {
         d_(codebook.d),
         stride_(row_stride(d_)),
         rows_(scratch),
-        retry_(rows_ + (block_rows(d_) + kTileRows) * stride_),
-        row_(retry_ + kTileRows * stride_),
+        row_(rows_ + (block_rows(d_) + kTileRows) * stride_),
         group_(row_ + stride_),
+        bound_(d_),
         largest_half_norm_(codebook.largest_half_norm) {}
 
   void run(std::int64_t count, double* distance, std::int64_t* indices) {
@@ -140,18 +141,18 @@ class BlockSearch {
   }
 
   // Compares by float64 distance the codes that the scan could not discard. Where a lane's second
-  // minimum is under the limit its panel is not known: those rows are scored once more.
+  // minimum is under the limit its panel is not known: those rows are scored once more, with E of
+  // every code: s - E <= min(s + E) holds for the nearest.
   void resolve(std::int64_t count, double* distance, std::int64_t* indices) {
     const float radius = norm_bound(2 * largest_half_norm_, d_);
-    const TwiceErrorBound bound(radius, d_);
     std::int64_t again[kMaxBlockRows], repeated = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       Nearest nearest{double{kInfinity}, panels_.begin * kPanelCodes};
-      const float margin = bound.slope * (norm_bound(squares_[i], d_) + radius) + bound.tiny;
+      const float margin = bound_.of(norm_bound(squares_[i], d_), radius);
       const float limit = reduce_min(load(lanes_[i].best)) + margin;
       const auto ambiguous = bits(not_greater(load(lanes_[i].second), broadcast(limit)));
-      limit_[i] = limit < kInfinity ? limit : kInfinity;
       if (ambiguous || !(limit < kInfinity)) {
+        limit_[i] = limit < kInfinity ? least_above(i, limit) : kInfinity;
         again[repeated++] = i;
       } else {
         const float* row = contiguous_row(i);
@@ -168,37 +169,71 @@ class BlockSearch {
       distance[i] = nearest.distance;
       indices[i] = nearest.index;
     }
-    for (std::int64_t i = 0; i < repeated; i += kTileRows) {
-      score_again(again + i, smaller(kTileRows, repeated - i), distance, indices);
+    if (repeated) score_again(again, repeated, distance, indices);
+  }
+
+  // The least s + 2E of the codes that row i knows and that are not over the limit.
+  float least_above(std::int64_t i, float limit) const {
+    const float norm = norm_bound(squares_[i], d_);
+    float least = limit;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float best = lanes_[i].best[lane];
+      if (!(best <= limit)) continue;
+      float radius = 0;  // of the codes of which one has that score
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const std::int64_t code = lanes_[i].panel[lane] * kPanelCodes + v * kLanes + lane;
+        const float* from = codebook_.scored + smaller(code, codebook_.k - 1) * d_;
+        F32 squares = broadcast(0.f);
+        for (std::int64_t t = 0; t < d_; t += kLanes) {
+          const int left = static_cast<int>(smaller(kLanes, d_ - t));
+          const F32 value = sub(load_first(from + t, left), load_first(codebook_.center + t, left));
+          squares = multiply_add(value, value, squares);
+        }
+        const float other = norm_bound(reduce_add(squares), d_);
+        radius = other <= radius ? radius : other;
+      }
+      const float above = best + bound_.of(norm, radius);
+      if (above < least) least = above;
     }
+    return least;
   }
 
   void score_again(const std::int64_t* rows, std::int64_t count, double* distance,
                    std::int64_t* indices) {
-    for (std::int64_t m = 0; m < kTileRows; ++m) {
-      const float* row = rows_ + rows[smaller(m, count - 1)] * stride_;
-      for (std::int64_t t = 0; t < d_; ++t) retry_[m * stride_ + t] = row[t];
+    // Side by side, where the scan had other rows.
+    for (std::int64_t r = 0; r < count; ++r) {
+      const float* from = rows_ + rows[r] * stride_;
+      for (std::int64_t t = 0; t < d_; ++t) rows_[r * stride_ + t] = from[t];
     }
     for (std::int64_t p = panels_.begin; p < panels_.end; ++p) {
-      Scores scores;
-      score_tile(retry_, stride_, panel(p, 0), d_, scores);
-      for (std::int64_t m = 0; m < count; ++m) {
-        const std::int64_t i = rows[m];
-        Nearest nearest{distance[i], indices[i]};
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const M32 left = not_greater(scores[m][v], broadcast(limit_[i]));
-          if (!bits(left)) continue;
-          const auto first = static_cast<std::int32_t>(p * kPanelCodes + v * kLanes);
-          std::int32_t code[kLanes + kOfferRoom];
-          const int count = store_chosen(code, left, add(lane_numbers(), broadcast(first)));
-          offer_codes(codebook_, contiguous_row(i), code, count, nearest);
+      const Panel codes = panel(p, 0);
+      F32 radius[kPanelVectors];
+      for (int v = 0; v < kPanelVectors; ++v) {
+        radius[v] = norm_bound(square_sums(codes.codes + v * kLanes, d_), d_);
+      }
+      for (std::int64_t r = 0; r < count; r += kTileRows) {
+        Scores scores;
+        score_tile(rows_ + r * stride_, stride_, codes, d_, scores);
+        for (std::int64_t m = 0; m < smaller(kTileRows, count - r); ++m) {
+          const std::int64_t i = rows[r + m];
+          Nearest nearest{distance[i], indices[i]};
+          for (int v = 0; v < kPanelVectors; ++v) {
+            const F32 norm = broadcast(norm_bound(squares_[i], d_));
+            const F32 error = mul(broadcast(0.51f), bound_.of(norm, radius[v]));
+            const M32 left = not_greater(sub(scores[m][v], error), broadcast(limit_[i]));
+            if (!bits(left)) continue;
+            const auto first = static_cast<std::int32_t>(p * kPanelCodes + v * kLanes);
+            std::int32_t code[kLanes + kOfferRoom];
+            const int offered = store_chosen(code, left, add(lane_numbers(), broadcast(first)));
+            offer_codes(codebook_, contiguous_row(i), code, offered, nearest);
+          }
+          distance[i] = nearest.distance;
+          indices[i] = nearest.index;
         }
-        distance[i] = nearest.distance;
-        indices[i] = nearest.index;
       }
     }
-    for (std::int64_t m = 0; m < count; ++m) {
-      const std::int64_t i = rows[m];
+    for (std::int64_t r = 0; r < count; ++r) {
+      const std::int64_t i = rows[r];
       if (!__builtin_isfinite(squares_[i]) && !all_finite(contiguous_row(i), d_)) {
         distance[i] = __builtin_nan("");
         indices[i] = 0;
@@ -234,9 +269,9 @@ class BlockSearch {
   const std::int64_t d_;
   const std::int64_t stride_;
   float* const rows_;   // [block_rows + kTileRows, stride_], centred
-  float* const retry_;  // [kTileRows, stride_], centred
   float* const row_;    // [stride_], as it came
   float* const group_;  // [group_size, d + 1, kPanelCodes]
+  const TwiceErrorBound bound_;
   float largest_half_norm_;
   float squares_[kMaxBlockRows];  // |x - center|^2
   float limit_[kMaxBlockRows];

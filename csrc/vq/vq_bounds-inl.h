@@ -28,7 +28,7 @@ namespace {
 
 // What turns the scores of kLanes rows into integers, and what bounds them, row by row.
 struct RowBounds {
-  float per_unit;               // 1 / (ab); 0 if the rows cannot be used
+  float per_unit = 0;           // 1 / (ab); 0 if the rows cannot be used
   std::int32_t margin[kLanes];  // 2E / (ab); -1 gives a row up
   std::int32_t zero[kLanes];    // z p.1
   float half_norm[kLanes];      // |x'|^2 / (2ab): less the integer it is |x' - c'|^2 / (2ab)
@@ -43,7 +43,8 @@ class CodeBounds {
         d_(static_cast<float>(codebook.d)),
         radius_(norm_bound(2 * coarse.largest_half_norm, codebook.d)),
         rounding_(norm_bound(coarse.largest_rounding, codebook.d)),
-        float_error_(radius_, codebook.d) {}
+        float_error_(codebook.d),
+        float_slope_(float_error_.slope(radius_)) {}
 
   T2P_INLINE void bound_rows(const Rounding& rows, float per_unit, std::int32_t code_zero,
                              RowBounds& bounds) const {
@@ -52,18 +53,18 @@ class CodeBounds {
     const F32 off = mul(slack, square_root(add(rows.off_squares, tiny)));
     const F32 norm = add(mul(slack, square_root(add(rows.squares, tiny))), off);
 
-    // What sums of d squares, and float32 numbers that became integers, are off by.
-    const float code_norm = radius_ + rounding_;
+    // What sums of d squares, and float32 numbers that became integers, are off by. The first bound
+    // does not know the norms of rows.
+    const float code_norm = radius_ + rounding_, relative = (d_ + 32) * 0x1p-24f + 0x1p-20f;
+    const float code_error = 0.51f * per_unit * code_norm * code_norm * relative + 4;
     const F32 half_norm = mul(rows.near_squares, broadcast(0.5f * per_unit));
-    const F32 integer_error =
-        multiply_add(add(half_norm, broadcast(0.51f * per_unit * code_norm * code_norm)),
-                     broadcast((d_ + 32) * 0x1p-24f + 0x1p-20f), broadcast(4.f));
+    const F32 integer_error = multiply_add(half_norm, broadcast(relative), broadcast(code_error));
 
     F32 error = mul(off, broadcast(2.01f * radius_));
-    error = multiply_add(norm, broadcast(2.01f * rounding_ + float_error_.slope), error);
-    error = add(error, broadcast(float_error_.slope * radius_ + float_error_.tiny));
+    error = multiply_add(norm, broadcast(2.01f * rounding_ + float_slope_), error);
+    error = add(error, broadcast(float_slope_ * radius_ + float_error_.tiny));
     if (l2_) error = add(error, broadcast(2.01f * rounding_ * code_norm));
-    const F32 margin = multiply_add(error, broadcast(1.01f * per_unit), integer_error);
+    const F32 margin = multiply_add(error, broadcast(1.01f * per_unit), broadcast(code_error));
 
     // Centring moves rows and codes by 2^-24 of their norms.
     const F32 moved = multiply_add(add(norm, broadcast(radius_)), broadcast(0x1p-21f),
@@ -87,6 +88,7 @@ class CodeBounds {
   const float d_;
   const float radius_, rounding_;  // at least |c| and |c - c'|
   const TwiceErrorBound float_error_;
+  const float float_slope_;
 };
 
 // The margins below the integers `best` of kLanes rows.

@@ -11,11 +11,11 @@
 #include "vq/vq_distance-inl.h"
 #include "vq/vq_integers-inl.h"
 #include "vq/vq_panel-inl.h"
+#include "vq/vq_rows-inl.h"
+#include "vq/vq_words-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
 namespace {
-
-constexpr std::int64_t kCoarseBlockRows = 128;
 
 // Panels are scanned in groups: the maxima of a tile's rows are only stored, and looked at once per
 // group. With few channels all of it stays in the L1 cache, with many in the L2.
@@ -23,70 +23,34 @@ constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are noted for a row before it is given up.
 constexpr int kMaxCandidates = 128;
-// With few channels the codes of a panel that share a lane compete as one, and are scored again if
-// it passes; with more, what it takes to keep them apart is little.
-constexpr std::int64_t kMergedChannels = 64;
-
-T2P_INLINE int coarse_group(std::int64_t d) {
-  const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
-  const int most = d > kMergedChannels ? kMaxGroupVectors / kCoarseVectors : kMaxCoarseGroup;
-  return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, most));
+// With few channels and many panels the codes of a panel that share a lane compete as one, and are
+// scored again if it passes; else what it takes to keep them apart is little.
+constexpr std::int64_t kFewChannels = 64;
+T2P_INLINE bool merge_lanes(std::int64_t d, std::int64_t panels) {
+  return d <= kFewChannels && panels > 6 + d / 4;
 }
 
-// sums[m][v] = the integers of row m against the codes of vector v of a panel.
-template <class Integers, int kRows>
-T2P_INLINE void score_integers(const std::uint8_t* __restrict panel,
-                               const float* __restrict half_norms,
-                               const std::uint8_t* __restrict rows, std::int64_t steps,
-                               float per_unit, I32 (&sums)[kRows][kCoarseVectors]) {
-#pragma GCC unroll 4
-  for (int v = 0; v < kCoarseVectors; ++v) {
-    const I32 start = to_i32(mul(load(half_norms + v * kLanes), broadcast(per_unit)));
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) sums[m][v] = start;
-  }
-  for (std::int64_t s = 0; s < steps; ++s) {
-    I32 code[kCoarseVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kCoarseVectors; ++v) {
-      code[v] = load_bytes(panel + (s * kCoarseCodes + v * kLanes) * 4);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      std::int32_t four;
-      __builtin_memcpy(&four, rows + (s * kLanes + m) * 4, 4);
-      const I32 row = broadcast(four);
-#pragma GCC unroll 4
-      for (int v = 0; v < kCoarseVectors; ++v) {
-        sums[m][v] = Integers::dot(sums[m][v], code[v], row);
-      }
-    }
-  }
+T2P_INLINE int coarse_group(std::int64_t d, bool merged) {
+  const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
+  const int most = merged ? kMaxCoarseGroup : kMaxGroupVectors / kCoarseVectors;
+  return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, most));
 }
 
 // Of the panels of a group, or of their vectors, for one row.
 using Maxima = std::int32_t[kMaxGroupVectors][kLanes];
 
-template <class Integers>
-class CoarseSearch {
+// The search in bytes.
+class ByteSearch {
  public:
-  CoarseSearch(const Codebook& codebook, const CoarseCodebook& coarse, const Rows<const float>& x,
-               PanelRange panels, std::uint8_t* scratch)
+  ByteSearch(const Codebook& codebook, const CoarseCodebook& coarse, const Rows<const float>& x,
+             PanelRange panels, std::uint8_t* scratch)
       : codebook_(codebook),
-        coarse_(coarse),
-        x_(x),
         panels_(panels),
-        d_(codebook.d),
-        steps_(coarse_steps<Integers>(d_)),
-        rows_(scratch),
-        staged_(reinterpret_cast<float*>(scratch + kCoarseBlockRows * 4 * steps_)),
-        code_bounds_(codebook, coarse) {}
+        merged_(merge_lanes(codebook.d, panels.end - panels.begin)),
+        rows_(codebook, coarse, x, scratch) {}
 
   void run(std::int64_t first, std::int64_t count, double* distance, std::int64_t* indices) {
-    stage_rows(first, count);
-    for (std::int64_t i = 0; i < count; i += kLanes) {
-      round_rows(i, smaller(kLanes, count - i), bounds_[i / kLanes]);
-    }
+    rows_.load(first, count);
     scan(count);
     for (std::int64_t i = 0; i < count; i += kResolvedRows) {
       resolve(i, smaller(kResolvedRows, count - i), distance + i, indices + i);
@@ -94,54 +58,13 @@ class CoarseSearch {
   }
 
  private:
-  // Rows are read in place if they are evenly spaced and their channels lie next to each other.
-  void stage_rows(std::int64_t first, std::int64_t count) {
-    const std::int64_t o = first / x_.inner, i = first % x_.inner;
-    stride_ = x_.inner > 1 ? x_.inner_stride : x_.outer_stride;
-    row_ = x_.data + o * x_.outer_stride + i * x_.inner_stride;
-    if (x_.channel_stride == 1 && (x_.inner == 1 || i + count <= x_.inner)) return;
-    const float* row[kCoarseBlockRows];
-    for (std::int64_t r = 0; r < count; ++r) row[r] = x_.row(first + r);
-    for (std::int64_t t = 0; t < d_; ++t) {
-      for (std::int64_t r = 0; r < count; ++r) staged_[r * d_ + t] = row[r][t * x_.channel_stride];
-    }
-    row_ = staged_;
-    stride_ = d_;
-  }
-
-  // Rounds the rows [i, i + count), with one step for all of them.
-  T2P_INLINE void round_rows(std::int64_t i, std::int64_t count, RowBounds& bounds) {
-    const float* rows = row_ + i * stride_;
-    F32 channel[4], largest = broadcast(0.f);
-    for (std::int64_t t = 0; t < d_; t += 4) {
-      load_channels(rows, stride_, count, codebook_.row_center, t, d_, channel);
-      // In this order a NaN gives way to the other operand.
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) largest = max(magnitude(channel[c]), largest);
-    }
-    // The step is at least what keeps the half norms of the codes in range.
-    const float range = reduce_max(largest) / Integers::kRowRange;
-    const float floor = coarse_.largest_half_norm / (coarse_.scale * kLargestHalfNorm);
-    const float scale = range > floor ? range : floor;
-    const float unit = scale * coarse_.scale;
-    const bool usable = unit > 1e-30f && unit < 1e30f;
-    Rounding rounding{broadcast(scale), broadcast(usable ? 1 / scale : 0.0f)};
-    std::uint8_t* to = rows_ + i * 4 * steps_;
-    for (std::int64_t t = 0; t < d_; t += 4) {
-      load_channels(rows, stride_, count, codebook_.row_center, t, d_, channel);
-      rounding.template round<Integers>(channel, 0, to, 4 * kLanes);
-      to += 4 / Integers::kChannels * 4 * kLanes;
-    }
-    code_bounds_.bound_rows(rounding, usable ? 1 / unit : 0.0f, Integers::kCodeZero, bounds);
-    for (std::int64_t m = usable ? count : 0; m < kLanes; ++m) bounds.margin[m] = -1;
-  }
-
   void scan(std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
+    // Up to the last vector's end: what is beyond the rows is given up like them.
+    for (std::int64_t i = 0; i < (count + kLanes - 1) / kLanes * kLanes; ++i) {
       best_[i] = INT32_MIN;
-      candidates_[i] = bounds_[i / kLanes].margin[i % kLanes] < 0 ? kGivenUp : 0;
+      candidates_[i] = rows_.bounds(i).margin[i % kLanes] < 0 ? kGivenUp : 0;
     }
-    const int group = coarse_group(d_), kept = d_ > kMergedChannels ? kCoarseVectors : 1;
+    const int group = coarse_group(codebook_.d, merged_), kept = merged_ ? 1 : kCoarseVectors;
     alignas(64) Maxima maxima[kLanes];
     for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
       const int size = static_cast<int>(smaller(group, panels_.end - p));
@@ -149,10 +72,10 @@ class CoarseSearch {
         for (int tile = 0; tile < kLanes && i + tile < count; tile += kTileRows) {
           for (int q = 0; q < size; ++q) {
             I32 sums[kTileRows][kCoarseVectors];
-            score<kTileRows>(p + q, i + tile, sums);
+            rows_.score<kTileRows>(p + q, i + tile, sums);
 #pragma GCC unroll 8
             for (int m = 0; m < kTileRows; ++m) {
-              if (kept == 1) {
+              if (merged_) {
                 I32 largest = sums[m][0];
 #pragma GCC unroll 4
                 for (int v = 1; v < kCoarseVectors; ++v) largest = max(largest, sums[m][v]);
@@ -169,15 +92,6 @@ class CoarseSearch {
         collect(maxima, size * kept, p * kept, i);
       }
     }
-  }
-
-  // Of the rows [i, i + kRows), all of one step, against panel p.
-  template <int kRows>
-  T2P_INLINE void score(std::int64_t p, std::int64_t i, I32 (&sums)[kRows][kCoarseVectors]) const {
-    score_integers<Integers, kRows>(coarse_.panels + p * steps_ * kCoarseCodes * 4,
-                                    coarse_.half_norms + p * kCoarseCodes,
-                                    rows_ + (i / kLanes * kLanes * steps_ + i % kLanes) * 4, steps_,
-                                    bounds_[i / kLanes].per_unit, sums);
   }
 
   // Notes the lanes of a group of panels, or of their vectors, that may hold the nearest codes of
@@ -213,7 +127,7 @@ class CoarseSearch {
 
   // The best integers of the rows [i, i + kLanes), and how low those of their nearest codes may be.
   T2P_INLINE void raise_threshold(std::int64_t i, I32 top) {
-    const RowBounds& bounds = bounds_[i / kLanes];
+    const RowBounds& bounds = rows_.bounds(i);
     const I32 best = max(load(best_ + i), top), margin = margins(bounds, best);
     store(best_ + i, best);
     // Padding, and nothing else, is below all of the others.
@@ -242,7 +156,7 @@ class CoarseSearch {
 
   void give_up(std::int64_t i) {
     candidates_[i] = kGivenUp;
-    bounds_[i / kLanes].margin[i % kLanes] = -1;
+    rows_.bounds(i).margin[i % kLanes] = -1;
   }
 
   // Keeps what is still above the threshold of row i.
@@ -273,12 +187,17 @@ class CoarseSearch {
     begin[count] = lanes;
     Nearest nearest[kResolvedRows];
     for (std::int64_t r = 0; r < count; ++r) nearest[r] = {double{kInfinity}, kUndecided};
-    if (d_ <= kMergedChannels) offer_rescored(i, row, place, lanes, nearest);
-    for (std::int64_t r = 0; d_ > kMergedChannels && r < count; ++r) {
-      std::int32_t code[kMaxCandidates + kOfferRoom];
-      const int codes = begin[r + 1] - begin[r];
-      __builtin_memcpy(code, place + begin[r], static_cast<std::size_t>(codes) * sizeof *code);
-      if (codes) offer_codes(codebook_, row_ + (i + r) * stride_, code, codes, nearest[r]);
+    if (merged_) {
+      offer_rescored(i, row, place, lanes, nearest);
+    } else if (codebook_.d <= kFewChannels) {
+      offer_each(codebook_, rows_.row(i), rows_.stride(), row, place, lanes, nearest);
+    } else {
+      for (std::int64_t r = 0; r < count; ++r) {
+        std::int32_t code[kMaxCandidates + kOfferRoom];
+        const int codes = begin[r + 1] - begin[r];
+        __builtin_memcpy(code, place + begin[r], static_cast<std::size_t>(codes) * sizeof *code);
+        if (codes) offer_codes(codebook_, rows_.row(i + r), code, codes, nearest[r]);
+      }
     }
     for (std::int64_t r = 0; r < count; ++r) {
       distance[r] = nearest[r].distance;
@@ -297,7 +216,7 @@ class CoarseSearch {
       const std::int32_t panel = place[c] / kLanes, lane = place[c] % kLanes;
       const I32 threshold = broadcast(threshold_[i + row[c]]);
       I32 sums[1][kCoarseVectors];
-      score<1>(panel, i + row[c], sums);
+      rows_.score<1>(panel, i + row[c], sums);
 #pragma GCC unroll 4
       for (int v = 0; v < kCoarseVectors; ++v) {
         code_row[codes] = row[c];
@@ -305,7 +224,7 @@ class CoarseSearch {
         codes += static_cast<int>(bits(not_less(sums[0][v], threshold)) >> lane & 1);
       }
     }
-    offer_each(codebook_, row_ + i * stride_, stride_, code_row, code, codes, nearest);
+    offer_each(codebook_, rows_.row(i), rows_.stride(), code_row, code, codes, nearest);
   }
 
   static constexpr int kGivenUp = kMaxCandidates + 1;
@@ -313,16 +232,9 @@ class CoarseSearch {
   using Candidates = std::int32_t[kMaxCandidates];
 
   const Codebook& codebook_;
-  const CoarseCodebook& coarse_;
-  const Rows<const float>& x_;
   const PanelRange panels_;
-  const std::int64_t d_, steps_;
-  std::uint8_t* const rows_;  // [kCoarseBlockRows / kLanes, steps, kLanes, 4]
-  float* const staged_;       // [kCoarseBlockRows, d], as they came
-  const CodeBounds code_bounds_;
-  const float* row_ = nullptr;  // the first, as they came
-  std::int64_t stride_ = 0;
-  RowBounds bounds_[kCoarseBlockRows / kLanes];
+  const bool merged_;
+  RoundedRows<Bytes> rows_;
   std::int32_t best_[kCoarseBlockRows], threshold_[kCoarseBlockRows];
   int candidates_[kCoarseBlockRows];
   Candidates score_[kCoarseBlockRows],
@@ -339,9 +251,9 @@ void coarse_block(const Codebook& codebook, const CoarseCodebook& coarse,
                   PanelRange panels, std::uint8_t* scratch, double* distance,
                   std::int64_t* indices) {
   if (coarse.format == Format::kWords) {
-    CoarseSearch<Words>(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);
+    WordSearch(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);
   } else {
-    CoarseSearch<Bytes>(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);
+    ByteSearch(codebook, coarse, x, panels, scratch).run(first, count, distance, indices);
   }
 }
 

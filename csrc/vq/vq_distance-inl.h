@@ -40,7 +40,33 @@ struct Sums {
       if constexpr (kMetric == Metric::kCosine) squares = multiply_add(c, c, squares);
     }
   }
+  T2P_INLINE void add_all(const float* x, const float* c, std::int64_t d) {
+    constexpr int kStep = kLanes / 2;
+    start();
+    std::int64_t t = 0;
+    for (; t + kStep <= d; t += kStep) add_channels(load_f64(x + t), load_f64(c + t));
+    if (const int left = static_cast<int>(d - t)) {
+      add_channels(load_f64_first(x + t, left), load_f64_first(c + t, left));
+    }
+  }
 };
+
+// That of a code that is not finite, a NaN, becomes infinite.
+template <Metric kMetric>
+T2P_INLINE F64 distances_from(const F64 (&squares)[kLanes / 2], const F64 (&products)[kLanes / 2]) {
+  F64 distance;
+  if constexpr (kMetric == Metric::kL2) {
+    distance = reduce_add_each(squares);
+  } else {
+    distance = sub(broadcast(0.0), reduce_add_each(products));
+    if constexpr (kMetric == Metric::kCosine) {
+      // A code of length 0 has the product 0; the smallest number keeps the quotient 0.
+      const F64 norm = square_root(reduce_add_each(squares));
+      distance = divide(distance, max(norm, broadcast(1e-300)));
+    }
+  }
+  return min(distance, broadcast(double{__builtin_inff()}));
+}
 
 // Offers code[count], count <= kCodes; all kCodes are read. Numbers past the last code stand for
 // it, which changes nothing. For kCosine the distances are -x.c / |c|.
@@ -73,20 +99,8 @@ T2P_INLINE void offer_batch(const Codebook& codebook, const float* row, const st
     squares[v] = sums[v % kCodes].squares;
     products[v] = sums[v % kCodes].product;
   }
-  F64 distance;
-  if constexpr (kMetric == Metric::kL2) {
-    distance = reduce_add_each(squares);
-  } else {
-    distance = sub(broadcast(0.0), reduce_add_each(products));
-    if constexpr (kMetric == Metric::kCosine) {
-      // A code of length 0 has the product 0; the smallest number keeps the quotient 0.
-      const F64 norm = square_root(reduce_add_each(squares));
-      distance = divide(distance, max(norm, broadcast(1e-300)));
-    }
-  }
-  // The distance of a code that is not finite, a NaN, becomes infinite.
   const F64 infinity = broadcast(double{__builtin_inff()});
-  distance = keep_first(min(distance, infinity), count, infinity);
+  const F64 distance = keep_first(distances_from<kMetric>(squares, products), count, infinity);
   const double least = reduce_min(distance);
   auto equal = bits_where_equal(distance, broadcast(least));
   for (; equal; equal &= equal - 1) {  // hardly ever of two codes
@@ -169,19 +183,33 @@ inline void offer_codes(const Codebook& codebook, const float* row, std::int32_t
 
 template <Metric kMetric>
 T2P_INLINE double distance_of(const Codebook& codebook, const float* row, std::int64_t index) {
-  constexpr int kStep = kLanes / 2;
-  const float* code = codebook.codes + index * codebook.d;
   Sums<kMetric> sums;
-  sums.start();
-  for (std::int64_t t = 0; t < codebook.d; t += kStep) {
-    const int left = static_cast<int>(smaller(kStep, codebook.d - t));
-    sums.add_channels(load_f64_first(row + t, left), load_f64_first(code + t, left));
-  }
+  sums.add_all(row, codebook.codes + index * codebook.d, codebook.d);
   if constexpr (kMetric == Metric::kL2) return reduce_add(sums.squares);
   const double product = -reduce_add(sums.product);
   if constexpr (kMetric == Metric::kDot) return product;
   const double norm = __builtin_sqrt(reduce_add(sums.squares));
   return product / (norm > 1e-300 ? norm : 1e-300);
+}
+
+// The distances of kLanes / 2 rows, `stride` apart, each to one code. Rows from `count` on are
+// taken for the last one.
+template <Metric kMetric>
+T2P_INLINE F64 distance_each(const Codebook& codebook, const float* rows, std::int64_t stride,
+                             std::int64_t count, const std::int32_t* code) {
+  constexpr int kStep = kLanes / 2;
+  const std::int64_t d = codebook.d, last = codebook.k - 1;
+  F64 squares[kStep], products[kStep];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStep; ++v) {
+    const float* row = rows + smaller(v, count - 1) * stride;
+    const float* other = codebook.codes + smaller(code[v], last) * d;
+    Sums<kMetric> sums;
+    sums.add_all(row, other, d);
+    squares[v] = sums.squares;
+    products[v] = sums.product;
+  }
+  return distances_from<kMetric>(squares, products);
 }
 
 template <Metric kMetric>

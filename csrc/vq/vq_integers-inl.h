@@ -41,7 +41,7 @@ struct Words {
 
 // Sums stay inside 31 bits: products reach 255 * 127 * d or 2^26 d, at most 2^30, the half norm is
 // kept below 2^29 and the margin below 2^28.
-constexpr std::int64_t kMaxByteChannels = 32768, kMaxWordChannels = 16;
+constexpr std::int64_t kMaxByteChannels = 32768, kMaxWordChannels = 8;
 constexpr float kLargestHalfNorm = 0x1p29f, kLargestMargin = 0x1p28f;
 
 // Four channels are rounded at a time, so the last ones are filled up with zeros.

@@ -32,21 +32,32 @@ bool all_finite(const float* p, std::int64_t d) {
 // The sum of d products errs by at most d u (|x| |c| + |c|^2 / 2), u = 2^-24, or twice that without
 // FMA; the halved norm it starts from by d u |c|^2 / 2; centring by a few u more. The last term
 // covers results below the normal range, whether they are flushed to zero or not.
-// It is slope * (x + radius) + tiny.
+// It is slope(radius) * (x + radius) + tiny.
 struct TwiceErrorBound {
-  float slope, tiny;
+  float per_norm, tiny;
 
-  T2P_INLINE TwiceErrorBound(float radius, std::int64_t d) {
+  explicit T2P_INLINE TwiceErrorBound(std::int64_t d) {
     const float steps = static_cast<float>((kFusedMultiplyAdd ? 1 : 2) * d + 16);
     const float relative = steps * 0x1p-24f;
     tiny = 4 * steps * kSmallestNormal;
-    slope = relative > 0.25f ? kInfinity : 2.1f / (1 - relative) * relative * radius + tiny;
+    per_norm = relative > 0.25f ? kInfinity : 2.1f / (1 - relative) * relative;
+  }
+  T2P_INLINE float slope(float radius) const { return per_norm * radius + tiny; }
+  T2P_INLINE float of(float x, float radius) const { return slope(radius) * (x + radius) + tiny; }
+  T2P_INLINE F32 of(F32 x, F32 radius) const {
+    const F32 least = broadcast(tiny);
+    const F32 slope = multiply_add(broadcast(per_norm), radius, least);
+    return multiply_add(slope, add(x, radius), least);
   }
 };
 
 // An upper bound of the norm whose square was computed as `squares`.
 float norm_bound(float squares, std::int64_t d) {
   return 1.001f * __builtin_sqrtf(squares + static_cast<float>(d) * kSmallestNormal);
+}
+T2P_INLINE F32 norm_bound(F32 squares, std::int64_t d) {
+  const F32 tiny = broadcast(static_cast<float>(d) * kSmallestNormal);
+  return mul(broadcast(1.001f), square_root(add(squares, tiny)));
 }
 
 struct Panel {
@@ -81,6 +92,16 @@ T2P_INLINE void score_tile(const float* __restrict tile,  // [kTileRows, stride]
   }
 }
 
+// The squared norms of kLanes codes of a panel.
+T2P_INLINE F32 square_sums(const float* codes, std::int64_t d) {
+  F32 squares = broadcast(0.f);
+  for (std::int64_t t = 0; t < d; ++t) {
+    const F32 c = load(codes + t * kPanelCodes);
+    squares = multiply_add(c, c, squares);
+  }
+  return squares;
+}
+
 // Packs codes, centred and transposed; returns the largest of the half norms.
 float pack_panel(const Codebook& codebook, std::int64_t first, std::int64_t count, float* panel,
                  float* half_norms) {
@@ -105,11 +126,7 @@ float pack_panel(const Codebook& codebook, std::int64_t first, std::int64_t coun
     for (std::int64_t u = t; u < d; ++u) panel[u * kPanelCodes + j] = code[u] - center[u];
   }
   for (int v = 0; v < kPanelVectors; ++v) {
-    F32 squares = broadcast(0.f);
-    for (std::int64_t u = 0; u < d; ++u) {
-      const F32 c = load(panel + u * kPanelCodes + v * kLanes);
-      squares = multiply_add(c, c, squares);
-    }
+    const F32 squares = square_sums(panel + v * kLanes, d);
     store(half_norms + v * kLanes, mul(squares, broadcast(0.5f)));
   }
   float largest = 0;

@@ -17,6 +17,8 @@ namespace {
 
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
+// What is packed in a few microseconds, sooner than another thread has begun.
+constexpr std::int64_t kLeastSharedPacking = 16 * 1024;
 // With so few channels words take no more time than bytes, or may pay for themselves.
 constexpr std::int64_t kLeastByteChannels = 3, kMostWordChannels = 8;
 
@@ -36,10 +38,11 @@ void find_center(const float* codebook, std::int64_t k, std::int64_t d, float* c
   }
 }
 
-// Words take twice the time of bytes, which leave more codes to compare. How many is estimated: of
-// codes that are spread evenly, with the mean deviation s from the centre, the one nearest to a row
-// is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the largest deviation.
-// A row's comparison with one code weighs as much as a scan of about 1000.
+// Words take up to half more time than bytes, which leave more codes to compare. How many is
+// estimated: of codes that are spread evenly, with the mean deviation s from the centre, the one
+// nearest to a row is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the
+// largest deviation. A row's comparison with one code weighs as much as what words take longer for
+// about 2500.
 Format choose_format(const Codebook& codebook, float magnitude) {
   const std::int64_t k = codebook.k, d = codebook.d;
   if (d > kMostWordChannels) return Format::kBytes;
@@ -57,7 +60,7 @@ Format choose_format(const Codebook& codebook, float magnitude) {
   const double widening =
       0.0025 * std::sqrt(channels) * magnitude / deviation * std::pow(codes, 1 / channels);
   const double compared = std::pow(1 + widening, channels) - 1;
-  return compared < codes / 1000 ? Format::kBytes : Format::kWords;
+  return compared < codes / 2500 ? Format::kBytes : Format::kWords;
 }
 
 // Splits [0, count) into `parts` ranges of nearly equal length.
@@ -136,6 +139,7 @@ PackedHeader header_of(const std::uint8_t* packed) {
 // `codebook` without a center, which is found here.
 void pack(const SearchKernels& kernels, Codebook codebook, int threads, std::uint8_t* packed) {
   const std::int64_t k = codebook.k, d = codebook.d;
+  if (k * d < kLeastSharedPacking) threads = 1;
   const PackedLayout layout(kernels, k, d);
   find_center(codebook.scored, k, d, at<float>(packed, layout.center));
   codebook.center = at<float>(packed, layout.center);

@@ -36,7 +36,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     grad = _is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+            return False
+        if tensor.is_neg():  # a view that the dispatcher would negate first
             return False
     return True
 

@@ -106,6 +106,7 @@ def test_nearest_of_more_rows_than_a_slab(device: torch.device) -> None:
 HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rows of all sizes": lambda x, c: (x * 10 ** torch.linspace(-6, 6, len(x))[:, None], c),
     "codes of all sizes": lambda x, c: (x, c * 10 ** torch.linspace(-6, 6, len(c))[:, None]),
+    "a few codes large": lambda x, c: (x, c * (1e-5 + (torch.arange(len(c)) % 60 == 0))[:, None]),
     "codes almost alike": lambda x, c: (x, c[:1] + 1e-5 * c),
     "rows near codes": lambda x, c: (c[torch.arange(len(x)) % len(c)] + 1e-3 * x, c),
     "rows that are codes": lambda x, c: (c[torch.arange(len(x)) % len(c)], c),
@@ -130,7 +131,8 @@ HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize(
-    ("n", "k", "d"), [(130, 3000, 5), (130, 9000, 8), (130, 500, 100), (40, 420, 33)]
+    ("n", "k", "d"),
+    [(130, 3000, 5), (130, 9000, 8), (130, 500, 100), (40, 420, 33), (130, 500, 3), (75, 333, 7)],
 )
 def test_nearest_is_exact_on_hard_data(
     hard: str, n: int, k: int, d: int, device: torch.device, emulated: bool
@@ -238,6 +240,12 @@ def _reference_groups(
         torch.cat(quantized, channel_dim), torch.stack(indices, channel_dim),
         torch.stack(loss).mean(), torch.stack(counts), torch.stack(sums),
     )  # fmt: skip
+
+
+def test_nearest_of_a_view_that_negates(device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(30, 100, 8))
+    view = torch._neg_view(x)
+    _assert_nearest(-x, codebook, *vq_nearest(view, codebook, return_distance=True))
 
 
 def test_nearest_far_from_the_origin(device: torch.device) -> None:

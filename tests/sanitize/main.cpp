@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <thread>
@@ -77,6 +78,12 @@ void pool_survives_fork() {
   require(status == 0, "a pool in the child");
 }
 
+// Leaves the largest integer below the stack's end, where a kernel would find what it never wrote.
+__attribute__((noinline)) void fill_stack() {
+  volatile std::int32_t places[1 << 17];
+  for (auto& place : places) place = std::numeric_limits<std::int32_t>::max();
+}
+
 // `image` lays the rows out as [2, d, n / 2], else as [n, d, 1].
 void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
         t2p::vq::Metric metric = t2p::vq::Metric::kL2) {
@@ -99,6 +106,7 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
     t2p::vq::pack_cpu(codebook.data(), k, d, metric, threads, packed.data());
     require(t2p::vq::packed_for(packed.data(), k, d, metric),
             "what was packed is for its codebook");
+    fill_stack();
     t2p::vq::nearest_cpu(from, codebook.data(), k, metric, packed.data(), threads, indices.data(),
                          distance.data());
     std::vector<float> unpacked(n);
@@ -418,6 +426,7 @@ int main() {
       vq(6, 30, 1030, image, scale);
       vq(300, 2000, 9, image, scale, t2p::vq::Metric::kCosine);
       vq(300, 2000, 33, image, scale, t2p::vq::Metric::kDot);
+      vq(90, 300, 3, image, scale);
     }
   }
   for (bool channels_last : {false, true}) {

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe, normalize_dim, under_autocast
+from t2p_fast._checks import check_choice, describe, is_plain, normalize_dim, under_autocast
 from t2p_fast._library import _C, define_op
 
 __all__ = ["vq_lookup", "vq_nearest", "vq_pack", "vq_quantize"]
@@ -60,8 +60,9 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     distance, indices = _nearest_fake(x, codebook, metric, channel_dim)
     (k, d), codes = codebook.shape, codebook.float().contiguous()
-    size = _C.vq_workspace_size(indices.numel(), k, d) if x.is_cuda else 0
-    workspace = distance.new_empty(size)
+    workspace = distance  # not looked at on the CPU
+    if x.is_cuda:
+        workspace = distance.new_empty(_C.vq_workspace_size(indices.numel(), k, d))
     rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
     packed = None if x.is_cuda else packed
     _C.vq_nearest(rows, codes, metric, packed, workspace, indices, distance, threads)
@@ -416,7 +417,10 @@ def vq_nearest(
         ]
         distance, indices = (torch.stack(r, dim) for r in zip(*results, strict=True))
     else:
-        distance, indices = _vq_nearest(x, codebook, metric, dim, packed)
+        # A plain call goes past the dispatcher, which would cost more than a small search itself.
+        plain = is_plain(x, codebook, packed) and not x.is_meta
+        nearest = _nearest if plain else _vq_nearest
+        distance, indices = nearest(x, codebook, metric, dim, packed)
     return (indices, distance) if return_distance else indices
 
 
