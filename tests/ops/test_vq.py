@@ -78,7 +78,7 @@ def test_nearest_is_exact_everywhere(
 # On CUDA these go to the tensor cores: edges of tiles (256 rows, 128 codes) and of chunks of 32
 # channels, tiles in one split and in more, rows that stay in shared memory and rows that do not.
 TENSOR_CORE_CASES = [
-    (130, 130, 32), (256, 128, 33), (257, 140, 64), (300, 500, 47), (17, 1000, 65), (16, 1024, 450),
+    (512, 1024, 32), (130, 130, 34), (256, 128, 33), (257, 140, 64), (300, 500, 47), (17, 1000, 65), (16, 1024, 450),
 ]  # fmt: skip
 
 
@@ -142,26 +142,79 @@ def test_nearest_is_exact_on_hard_data(
     _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
-def test_metrics(metric: str, n: int, k: int, d: int) -> None:
-    x, codebook = _case(n, k, d)
-    x[0], codebook[-1] = 0, 0  # at a right angle to all, by definition
-    indices, distance = vq_nearest(x, codebook, metric=metric, return_distance=True)
-    x64, codes64 = x.double(), codebook.double()
+def _assert_nearest_by(
+    metric: str, x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor
+) -> None:
+    """As `_assert_nearest`, with the float64 rounding of products in units of |x| |c|."""
+    x64, codes64 = x.double().cpu(), codebook.double().cpu()
+    indices, distance = indices.cpu(), distance.double().cpu()
     _, best = reference.vq_nearest(x64, codes64, metric=metric, return_distance=True)
     chosen = torch.stack(
         [distances(row, codes64[i][None], metric)[0] for row, i in zip(x64, indices)]  # noqa: B905
     )
-    scale = 1 if metric == "cosine" else (x64.norm(dim=1) * codes64.norm(dim=1).max()) + 1
-    assert ((chosen - best).abs() <= d * 2.0**-50 * scale).all()
-    assert ((distance.double() - best).abs() <= 2.0**-23 * best.abs() + d * 2.0**-50 * scale).all()
+    scale = 1 if metric == "cosine" else (x64.norm(dim=1) * codes64.norm(dim=1).max()) + 1e-300
+    error = x.shape[1] * 2.0**-50 * scale
+    assert ((chosen - best).abs() <= error).all()
+    assert ((distance - best).abs() <= 2.0**-23 * best.abs() + error + 1e-44).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_metric_gradients(metric: str, device: torch.device, kernels: str) -> None:
-    if kernels == "cuda" and metric != "l2":
-        pytest.skip("CPU only")
+@pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
+def test_metrics(metric: str, n: int, k: int, d: int, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    x[0], codebook[-1] = 0, 0  # at a right angle to all, by definition
+    found = vq_nearest(x, codebook, metric=metric, return_distance=True)
+    _assert_nearest_by(metric, x, codebook, *found)
+
+
+# By how they go on CUDA: rows in registers, tensor cores, neither.
+METRIC_CASES = [(40, 150, 3), (40, 300, 20), (60, 280, 33), (9, 100, 70)]
+
+
+@pytest.mark.parametrize("hard", HARD)
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_metrics_on_hard_data(metric: str, hard: str, device: torch.device, emulated: bool) -> None:
+    for n, k, d in METRIC_CASES[1:3] if emulated else METRIC_CASES:
+        x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
+        found = vq_nearest(x, codebook, metric=metric, return_distance=True)
+        _assert_nearest_by(metric, x, codebook, *found)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES[1:], ids=lambda v: str(v))
+def test_metrics_of_what_is_not_finite(
+    bad: float, metric: str, n: int, k: int, d: int, device: torch.device
+) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    spoiled = codebook.clone()
+    spoiled[::3, 1] = bad
+    keep = torch.arange(k, device=device)[torch.arange(k, device=device) % 3 != 0]
+    clean = keep[vq_nearest(x, codebook[keep], metric=metric)]
+    x[n // 2, 1] = bad
+    indices, distance = vq_nearest(x, spoiled, metric=metric, return_distance=True)
+    assert indices[n // 2] == 0
+    assert distance[n // 2].isnan()
+    others = torch.arange(n, device=device) != n // 2
+    assert torch.equal(indices[others], clean[others])
+    nothing = vq_nearest(x, torch.full_like(codebook, bad), metric=metric, return_distance=True)
+    assert (nothing[0] == 0).all()
+    assert nothing[1][others].isinf().all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES, ids=lambda v: str(v))
+def test_metrics_ties_go_to_the_lowest_index(
+    metric: str, n: int, k: int, d: int, device: torch.device
+) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    plain = vq_nearest(x, codebook, metric=metric)
+    assert torch.equal(vq_nearest(x, codebook.repeat(3, 1), metric=metric), plain)
+    assert torch.equal(vq_nearest(x, codebook.repeat_interleave(20, 0), metric=metric), 20 * plain)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metric_gradients(metric: str, device: torch.device) -> None:
     x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
     weight = torch.linspace(-1, 1, 50, device=device)
     distance = vq_nearest(x, codebook, metric=metric, return_distance=True)[1]
@@ -171,6 +224,44 @@ def test_metric_gradients(metric: str, device: torch.device, kernels: str) -> No
     (truth * weight).sum().backward()
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(codebook.grad.double(), codes64.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES, ids=lambda v: str(v))
+def test_low_precision_rows(
+    n: int, k: int, d: int, metric: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rows of low precision mean the numbers that they hold, whatever way they are read."""
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    image = x.to(dtype).T.reshape(1, d, n, 1).contiguous()
+    found = vq_nearest(image, codebook, metric=metric, channel_dim=1, return_distance=True)
+    _assert_nearest_by(metric, x.to(dtype).float(), codebook, *(t.view(n) for t in found))
+    plain = vq_nearest(x.to(dtype), codebook, metric=metric)
+    assert torch.equal(found[0].view(n), plain)
+
+
+# On CUDA, rows in registers: each width, edges of groups (16), tiles and row blocks, many splits.
+SMALL_CASES = [
+    (1, 3, 1),
+    (1030, 37, 4),
+    (300, 2100, 5),
+    (129, 1025, 8),
+    (20, 600, 16),
+    (800, 70, 32),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "d"), SMALL_CASES, ids=lambda v: str(v))
+def test_nearest_is_exact_of_few_channels(
+    n: int, k: int, d: int, device: torch.device, emulated: bool
+) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    if emulated:
+        _C.device.launches.clear()
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    if emulated:
+        assert "small_kernel" in " ".join(_C.device.launches)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -420,12 +511,12 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_opcheck(device: torch.device, kernels: str) -> None:
+def test_opcheck(device: torch.device) -> None:
     ops = torch.ops.t2p_fast
     x = torch.randn(2, 6, 5, 3, device=device, requires_grad=True)
     codebook = torch.randn(20, 6, device=device, requires_grad=True)
     indices = torch.randint(0, 20, (2, 5, 3), device=device)
-    for metric in METRICS if kernels == "cpu" else ("l2",):
+    for metric in METRICS:
         torch.library.opcheck(ops.vq_nearest.default, (x, codebook, metric, 1))
     half = x.detach().bfloat16().requires_grad_()
     torch.library.opcheck(ops.vq_nearest.default, (half, codebook, "l2", 1))
