@@ -14,7 +14,7 @@ namespace {
 using std::int64_t;
 
 struct Road {
-  int major;  // the compute capability from which on it can be taken
+  bool (*available)(int major);  // on the current device, of that compute capability
   int64_t least_channels, most_channels, least_rows, least_codes;
   int64_t least_work;  // n k d
   int64_t (*workspace_size)(int64_t n, const Codes& codes);
@@ -32,18 +32,24 @@ struct Road {
 // - Tensor cores score a code in bfloat16 in about 2 instructions of a thread, whatever d; float32
 //   wants d + 1.5 of them. But bfloat16 leaves more codes to compare, the more the fewer channels
 //   there are, and needs a launch more: below 2^24 products either is a matter of launches.
+// - Hopper's own tensor cores have the rows of a block in shared memory, up to 384 channels of them.
 // - Few rows leave little to share of what a codebook's rounding costs, and few codes little to scan.
 // - The road for few channels has them all in registers, which ends at 32.
+bool always(int) { return true; }
+bool since_ampere(int major) { return major >= 8; }
+bool on_hopper(int major) { return major == 9 && hopper_is_built(); }
 const Road kRoads[] = {
-    {8, 33, 8192, 16, 128, 1 << 19, workspace_size_mma, nearest_mma},
-    {8, 17, 32, 256, 128, 1 << 24, workspace_size_mma, nearest_mma},
-    {0, 1, 32, 1, 1, 0, workspace_size_small, nearest_small},
-    {0, 1, INT64_MAX, 1, 1, 0, workspace_size_plain, nearest_plain},
+    {on_hopper, 33, 384, 16, 128, 1 << 19, workspace_size_hopper, nearest_hopper},
+    {on_hopper, 17, 32, 256, 128, 1 << 24, workspace_size_hopper, nearest_hopper},
+    {since_ampere, 33, 8192, 16, 128, 1 << 19, workspace_size_mma, nearest_mma},
+    {since_ampere, 17, 32, 256, 128, 1 << 24, workspace_size_mma, nearest_mma},
+    {always, 1, 32, 1, 1, 0, workspace_size_small, nearest_small},
+    {always, 1, INT64_MAX, 1, 1, 0, workspace_size_plain, nearest_plain},
 };
 
 const Road& choose(int64_t n, const Codes& codes, int major) {
   const Road* road = kRoads;
-  while (major < road->major || !road->fits(n, codes)) ++road;
+  while (!road->fits(n, codes) || !road->available(major)) ++road;
   return *road;
 }
 
@@ -56,7 +62,7 @@ int64_t workspace_size(int64_t n, int64_t k, int64_t d, Metric metric) {
     if (!road.fits(n, codes)) continue;
     const int64_t size = road.workspace_size(n, codes);
     most = size > most ? size : most;
-    if (road.major == 0) break;
+    if (road.available == always) break;
   }
   return most;
 }

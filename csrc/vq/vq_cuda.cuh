@@ -100,6 +100,12 @@ std::int64_t workspace_size_mma(std::int64_t n, const Codes& codes);
 void nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
                  float* workspace, std::int64_t* indices, float* distance);
 
+// The road through Hopper's tensor cores, vq_cuda_hopper.cu; whether it was built.
+bool hopper_is_built();
+std::int64_t workspace_size_hopper(std::int64_t n, const Codes& codes);
+void nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                    float* workspace, std::int64_t* indices, float* distance);
+
 inline unsigned blocks_for(std::int64_t threads, std::int64_t block) {
   return static_cast<unsigned>((threads + block - 1) / block);
 }

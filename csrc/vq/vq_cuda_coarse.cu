@@ -97,6 +97,7 @@ Workspace carve(float* base, int64_t n, const Codes& codes, const CoarseRoad& ro
   c.padded_rows = round_up(rows, road.block_rows);
   c.padded_codes = round_up(codes.k, road.block_codes);
   const int64_t channels = round_up(codes.d, road.chunk), chunks = channels / road.chunk;
+  c.last_steps = static_cast<int>((codes.d - (chunks - 1) * road.chunk + 15) / 16);
   c.row_packing = {chunks, road.swizzled ? road.block_rows : c.padded_rows, road.chunk,
                    road.swizzled};
   c.code_packing = {chunks, road.swizzled ? road.block_codes : c.padded_codes, road.chunk,

@@ -62,6 +62,7 @@ struct Packing {
 };
 struct Coarse {
   std::int64_t padded_rows, padded_codes;
+  int last_steps;  // of 16 channels, in the last chunk
   Packing row_packing, code_packing;
   __nv_bfloat16 *rows, *codes;
   float* bias;            // [padded_codes], -|c'|^2 / 2 for kL2, else 0; -inf for what is no code

@@ -2,7 +2,7 @@
 """Vector quantisation against the float64 reference. Distances are compared, not indices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -78,7 +78,8 @@ def test_nearest_is_exact_everywhere(
 # On CUDA these go to the tensor cores: edges of tiles (256 rows, 128 codes) and of chunks of 32
 # channels, tiles in one split and in more, rows that stay in shared memory and rows that do not.
 TENSOR_CORE_CASES = [
-    (512, 1024, 32), (130, 130, 34), (256, 128, 33), (257, 140, 64), (300, 500, 47), (17, 1000, 65), (16, 1024, 450),
+    (512, 1024, 32), (130, 130, 34), (256, 128, 33), (257, 140, 64), (300, 500, 47),
+    (17, 1000, 65), (16, 1024, 450),
 ]  # fmt: skip
 
 
@@ -94,6 +95,40 @@ def test_nearest_is_exact_on_tensor_cores(
         launched = " ".join(_C.device.launches)
         assert "coarse_kernel" in launched
         assert "scan_kernel" not in launched
+
+
+@pytest.fixture
+def hopper(emulated: bool, kernels: str) -> Iterator[None]:
+    """An emulated device is one of compute capability 9.0."""
+    if kernels == "cpu":
+        pytest.skip("as on any other CPU")
+    if not emulated:
+        yield
+        return
+    before, _C.device.capability = _C.device.capability, (9, 0)
+    yield
+    _C.device.capability = before
+
+
+# As above, for blocks of 256 rows and 128 codes, chunks of 64 channels and steps of 16; more chunks
+# than stages, and more work than processors.
+HOPPER_CASES = [
+    (512, 1024, 32), (130, 130, 34), (256, 128, 64), (300, 500, 81), (17, 1300, 150),
+    (1100, 300, 65), (16, 256, 384),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("n", "k", "d"), HOPPER_CASES, ids=lambda v: str(v))
+def test_nearest_is_exact_on_hopper(
+    n: int, k: int, d: int, device: torch.device, emulated: bool
+) -> None:
+    x, codebook = (t.to(device) for t in _case(n, k, d))
+    if emulated:
+        _C.device.launches.clear()
+    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    if emulated:
+        assert "coarse_hopper_kernel" in " ".join(_C.device.launches)
 
 
 @pytest.mark.not_emulated(reason="more rows than the workspace is for at a time")
@@ -211,6 +246,21 @@ def test_metrics_ties_go_to_the_lowest_index(
     plain = vq_nearest(x, codebook, metric=metric)
     assert torch.equal(vq_nearest(x, codebook.repeat(3, 1), metric=metric), plain)
     assert torch.equal(vq_nearest(x, codebook.repeat_interleave(20, 0), metric=metric), 20 * plain)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("hard", HARD)
+def test_hopper_on_hard_data(hard: str, metric: str, device: torch.device) -> None:
+    x, codebook = (t.to(device) for t in HARD[hard](*_case(60, 280, 70)))
+    if metric == "cosine":
+        x = x.bfloat16().float()
+    found = vq_nearest(x.bfloat16() if metric == "cosine" else x, codebook, metric=metric,
+                       return_distance=True)  # fmt: skip
+    if metric == "l2":
+        _assert_nearest(x, codebook, *found)
+    else:
+        _assert_nearest_by(metric, x, codebook, *found)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["THREADS_PER_BLOCK", "Shadow", "stamp", "stamped_thread"]
+__all__ = ["THREADS_PER_BLOCK", "Shadow", "stamp", "stamped_thread", "stamped_who"]
 
 Array = np.ndarray[Any, Any]
 
@@ -40,6 +40,11 @@ def stamped_thread(value: int) -> tuple[int, int]:
     """Block and thread of a stamp."""
     who = int(value) >> _THREAD_SHIFT
     return (who >> 10) - 1, who & 1023
+
+
+def stamped_who(stamps: Array) -> Array:
+    """Numbers of the threads of stamps, different for any two of a grid."""
+    return stamps >> _THREAD_SHIFT
 
 
 def _unordered(earlier: Array, now: Array) -> Array:
@@ -135,6 +140,12 @@ class Shadow:
             return np.zeros(len(granules), bool)
         result: Array = self._writer[granules] != 0
         return result
+
+    def writers(self, granules: Array) -> Array:
+        """The numbers of the threads that wrote to them last."""
+        if self._writer is None:
+            return np.zeros(len(granules), np.int64)
+        return stamped_who(self._writer[granules])
 
     def _enter_reads(self) -> None:
         for granules, stamps in self._log:

@@ -136,7 +136,7 @@ def test_unknown_text_is_refused() -> None:
     kernel = head + ".visible .entry k()\n{\n.reg .b32 %r<3>;\nBODY\nret;\n}\n"
     for body, message in (
         ("add.s32 %r1, %r2, 1;", None),
-        ("wgmma.fence.sync.aligned;", "wgmma"),
+        ("tcgen05.fence::before_thread_sync;", "tcgen05"),
         ("add.s33 %r1, %r2, 1;", "add.s33"),
         ("add.rn.s32 %r1, %r2, 1;", "add.rn.s32"),
         ("ld.global.L3.u32 %r1, [%r2];", "ld.global.L3"),

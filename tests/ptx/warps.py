@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.memory import Region
+from ptx.products import Products
 from ptx.races import stamp
 
 if TYPE_CHECKING:
     from ptx.compiler import Program
     from ptx.device import Device
 
-__all__ = ["WARP", "Warps", "warp_words"]
+__all__ = ["WARP", "WARPGROUP", "Warps", "warp_words"]
 
 Array = np.ndarray[Any, Any]
 WARP = 32
+WARPGROUP = 4 * WARP
 
 
 class Warps:
@@ -72,6 +74,9 @@ class Warps:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.bulk_groups: list[Any] = []
         self.mbarriers: dict[int, Any] = {}
+        self.products = Products(self.count)
+        if program.accumulators:
+            self.shared.track_proxies()
 
         self.active = self.live.copy()
         self.mask: Array | None = None
@@ -82,6 +87,16 @@ class Warps:
     def restamp(self) -> None:
         """Stamps anew: a new array, because logs hold the old one."""
         self.stamps = stamp(self.block, self.thread, self.barriers, self.warp_syncs)
+
+    def order(self, chosen: Array) -> None:
+        """What `chosen` lanes do from now on comes after all that their blocks did so far.
+
+        Whoever has waited gets a number of its own: equal numbers are those of lanes that have
+        waited together, and then done things side by side.
+        """
+        highest = self.barriers.reshape(self.blocks, self.stride).max(1) + 1
+        self.barriers = np.where(chosen, np.repeat(highest, self.stride), self.barriers)
+        self.restamp()
 
     def activate(self, active: Array, full: bool) -> None:
         self.active = active

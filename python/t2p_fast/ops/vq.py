@@ -3,8 +3,8 @@
 
 Sizes: `n` rows, `k` codes, `d` channels, `g` groups. `x` has its channels in dimension
 `channel_dim`; every other position is a row. Inside, tensors are viewed as `[outer, d, inner]`,
-which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`. CPU kernels see float32, CUDA
-kernels `x` in its own dtype.
+which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`. CPU kernels see float32,
+CUDA kernels `x` in its own dtype.
 """
 
 import math

@@ -32,11 +32,13 @@ class Copy:
     offsets: Array
     data: Array  # [lane, bytes]
     groups: Array
+    bulk: bool = False
 
     def part(self, chosen: Array) -> "Copy":
         return Copy(
-            self.lanes[chosen], self.offsets[chosen], self.data[chosen], self.groups[chosen]
-        )
+            self.lanes[chosen], self.offsets[chosen], self.data[chosen], self.groups[chosen],
+            self.bulk,
+        )  # fmt: skip
 
 
 @dataclass
@@ -62,6 +64,8 @@ def _finish(w: "Warps", copy: Copy) -> None:
         offsets = copy.offsets + start
         w.shared.finish_copy(offsets, step)
         w.shared.check(offsets, step, w.stamps[copy.lanes], copy.lanes, "write")
+        if copy.bulk:
+            w.shared.of_async_proxy(offsets, step)
         columns = [copy.data[:, start + j] for j in range(step)]
         w.shared.store(offsets, columns, np.uint8)
 
@@ -275,9 +279,7 @@ def _wait(code: Compiler, ins: Instruction, match: Match) -> Control:
                 for copy in copies:
                     _finish(w, copy)
         if through.any():
-            w.barriers = w.barriers.copy()
-            w.barriers[through] += 1
-            w.restamp()
+            w.order(through)
             if to is not None:
                 w.registers[to][through] = True
         return through
@@ -350,7 +352,7 @@ def _bulk_load(code: Compiler, ins: Instruction, match: Match) -> Step:
             ((_, offsets, _),) = place(w, "shared", targets[i] + spread, here, 16, "bulk write")
             w.shared.begin_copy(offsets, 16, w.stamps[here], here)
             barrier = _known(w, int(keys[i]), int(lane))
-            barrier.copies.append(Copy(here, offsets, data, np.zeros(len(here), np.int64)))
+            barrier.copies.append(Copy(here, offsets, data, np.zeros(len(here), np.int64), True))
             barrier.bytes -= int(sizes[i])
             barrier.settle()
 
