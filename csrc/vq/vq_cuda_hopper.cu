@@ -30,22 +30,27 @@ using std::int64_t;
 using std::uint32_t;
 
 constexpr int kBlockRows = 256, kBlockCodes = 128, kChunk = 64, kMostStages = 6;
-constexpr int kGroups = 2, kGroupWarps = 4, kConsumerWarps = kGroups * kGroupWarps;
+constexpr int kGroups = 2, kGroupWarps = 4;
 constexpr int kThreads = (kGroups + 1) * kGroupWarps * kWarp;  // of the last group one thread copies
-// Of the 168 that a thread may have at most, those of the last group go to the others.
-constexpr int kCopyRegisters = 40, kProductRegisters = 232;
-constexpr int kProducts = kBlockRows / kGroups / 64;    // of 64 rows, of a warpgroup
-constexpr int kVectorBytes = kChunk * 2, kStepBytes = 32;
+constexpr int kVectorBytes = kChunk * 2;
 constexpr int kRowBytes = kBlockRows * kVectorBytes, kCodeBytes = kBlockCodes * kVectorBytes;
 constexpr int kBiasBytes = kBlockCodes * 4, kStageBytes = kCodeBytes + kBiasBytes;
 constexpr int kAlignment = 1024;  // of what is swizzled
-
-using GroupLists = Lists<kProducts, kBlockCodes / 8, 64>;
 
 struct Plan {
   int stages;
   int64_t row_blocks, tiles_per_split, splits;
 };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr int kConsumerWarps = kGroups * kGroupWarps;
+constexpr int kProducts = kBlockRows / kGroups / 64;  // of 64 rows, of a warpgroup
+constexpr int kStepBytes = 32;
+// Of the 168 that a thread may have at most, those of the last group go to the others.
+constexpr int kCopyRegisters = 40, kProductRegisters = 232;
+
+using GroupLists = Lists<kProducts, kBlockCodes / 8, 64>;
 
 // Shared memory: the rows, [chunks, kBlockRows, kChunk], stages of codes, stages of their biases.
 struct Shared {
@@ -113,7 +118,7 @@ __device__ void produce(const Coarse& coarse, const Plan& plan, const Shared& sh
   }
 }
 
-// Begins kSteps products of 16 channels.
+// Begins a group of products, of kSteps times 16 channels.
 template <int kSteps>
 __device__ void multiply_chunk(GroupLists::Scores& scores, uint32_t rows, uint32_t codes) {
   begin_products();
@@ -125,6 +130,7 @@ __device__ void multiply_chunk(GroupLists::Scores& scores, uint32_t rows, uint32
       multiply_add(scores[m], swizzled_matrix(rows + m * 64 * kVectorBytes + step * kStepBytes), b);
     }
   }
+  commit_products();
 }
 
 // By a warpgroup.
@@ -156,7 +162,6 @@ __device__ void consume(const Coarse& coarse, const Plan& plan, const Shared& sh
       uint32_t rows = shared.rows + first_row * kVectorBytes;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
         multiply_chunk<kChunk / 16>(scores, rows, shared.codes + turn.stage * kCodeBytes);
-        commit_products();
         // Those before are done: their stage is free.
         wait_for_products<1>();
         if (chunk > 1 && lane == 0) arrive(shared.empty_at(turn.before(plan.stages)));
@@ -165,10 +170,19 @@ __device__ void consume(const Coarse& coarse, const Plan& plan, const Shared& sh
         wait_for_phase(shared.full_at(turn.stage), turn.parity);
       }
       const uint32_t codes = shared.codes + turn.stage * kCodeBytes;
-      for (int step = 0; step < coarse.last_steps; ++step) {
-        multiply_chunk<1>(scores, rows + step * kStepBytes, codes + step * kStepBytes);
+      switch (coarse.last_steps) {
+        case 1:
+          multiply_chunk<1>(scores, rows, codes);
+          break;
+        case 2:
+          multiply_chunk<2>(scores, rows, codes);
+          break;
+        case 3:
+          multiply_chunk<3>(scores, rows, codes);
+          break;
+        default:
+          multiply_chunk<4>(scores, rows, codes);
       }
-      commit_products();
       wait_for_products<0>();
 #pragma unroll
       for (int m = 0; m < kProducts; ++m) settle(scores[m]);
@@ -183,6 +197,8 @@ __device__ void consume(const Coarse& coarse, const Plan& plan, const Shared& sh
     if (lane == 0) arrive(shared.rows_empty);
   }
 }
+
+#endif
 
 __global__ void __launch_bounds__(kThreads, 1) coarse_hopper_kernel(Coarse coarse, Plan plan) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
