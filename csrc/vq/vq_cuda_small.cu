@@ -7,6 +7,7 @@
 //
 // The floor is n k (d + 1) instructions of a thread, of which a multiprocessor does 128 a clock: for
 // 65536 x 8192 x 8 on an H200, 0.14 ms at 33.5e12 a second; 262144 x 16384 x 32 would take 4.2 ms.
+// Of 8 channels the loops hold 10.0 instructions for a code, of 32 36.9.
 // A float of a code from shared memory serves the kRows rows of a thread. Shared memory hands every
 // lane at most 4 bytes a clock, while 4 warps multiply: with fewer than 4 rows it would bind, with 8
 // it takes half of the time that the products take, with 6 two thirds. Not yet run on a GPU.

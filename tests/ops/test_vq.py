@@ -113,7 +113,7 @@ def hopper(emulated: bool, kernels: str) -> Iterator[None]:
 # As above, for blocks of 256 rows and 128 codes, chunks of 64 channels and steps of 16; more chunks
 # than stages, and more work than processors.
 HOPPER_CASES = [
-    (512, 1024, 32), (130, 130, 34), (256, 128, 64), (300, 500, 81), (17, 1300, 150),
+    (512, 1024, 32), (130, 130, 34), (256, 128, 64), (300, 500, 81), (17, 1300, 300),
     (1100, 300, 65), (16, 256, 384),
 ]  # fmt: skip
 

@@ -133,13 +133,13 @@ class Device:
     def _module(self, number: int) -> tuple[Module, dict[str, int]]:
         """A module, parsed when it is first used, and the addresses of its variables."""
         fitting = [
-            (target, text)
+            (target, specific, text)
             for target, specific, text in self._texts[number]
             if target <= self.capability and (target == self.capability or not specific)
         ]
         if not fitting:
             raise NotModelled(f"a module without PTX for compute capability {self.capability}")
-        _, text = max(fitting)
+        *_, text = max(fitting)
         key = number, text
         if key not in self._modules:
             module = parse(text)
