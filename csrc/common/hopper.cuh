@@ -19,8 +19,8 @@
 
 namespace t2p {
 
-// Gives registers back, or takes what others gave back: all warps of a warpgroup, which had the number
-// for which the kernel was compiled.
+// Gives registers back, or takes what others gave back: all warps of a warpgroup, which had the
+// number for which the kernel was compiled.
 template <int kRegisters>
 __device__ void shrink_registers() {
   T2P_HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -39,7 +39,7 @@ __device__ inline void init_barrier(std::uint32_t barrier, int arrivals) {
 
 // Makes barriers just initialised known to the copy engine; before the barrier of the block.
 __device__ inline void publish_barriers() {
-  T2P_HOPPER("fence.mbarrier_init.release.cluster;" ::: "memory");
+  T2P_HOPPER("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 
 __device__ inline void arrive(std::uint32_t barrier) {
@@ -80,14 +80,14 @@ __device__ inline std::uint64_t swizzled_matrix(std::uint32_t at) {
          std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
 }
 
-// The accumulators of a product [64, 128] of a warpgroup, of which warp w has the rows from 16 w on;
-// otherwise as in mma.cuh, [n][2 h + e] being row group + 8 h, column 8 n + 2 t + e.
+// The accumulators of a product [64, 128] of a warpgroup, of which warp w has the rows from 16 w
+// on; otherwise as in mma.cuh, [n][2 h + e] being row group + 8 h, column 8 n + 2 t + e.
 using Product = float[16][4];
 
 // Before the first product after the accumulators or shared memory were written to.
-__device__ inline void begin_products() { T2P_HOPPER("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void begin_products() { T2P_HOPPER("wgmma.fence.sync.aligned;" :: : "memory"); }
 __device__ inline void commit_products() {
-  T2P_HOPPER("wgmma.commit_group.sync.aligned;" ::: "memory");
+  T2P_HOPPER("wgmma.commit_group.sync.aligned;" :: : "memory");
 }
 
 // Waits until at most the last kLeft groups of products are under way.
@@ -104,8 +104,8 @@ __device__ inline void settle(Product& c) {
   }
 }
 
-// c += a b^T for bfloat16 matrices a [64, 16] and b [128, 16]. Neither they nor c may be touched until
-// it has been waited for. Roundings are as in mma.cuh.
+// c += a b^T for bfloat16 matrices a [64, 16] and b [128, 16]. Neither they nor c may be touched
+// until it has been waited for. Roundings are as in mma.cuh.
 #define T2P_FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 __device__ inline void multiply_add(Product& c, std::uint64_t a, std::uint64_t b) {
   T2P_HOPPER(
@@ -116,11 +116,10 @@ __device__ inline void multiply_add(Product& c, std::uint64_t a, std::uint64_t b
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, add, 1, 1, 0, 0;\n}"
-      : T2P_FOUR(0), T2P_FOUR(1), T2P_FOUR(2), T2P_FOUR(3), T2P_FOUR(4), T2P_FOUR(5), T2P_FOUR(6),
-        T2P_FOUR(7), T2P_FOUR(8), T2P_FOUR(9), T2P_FOUR(10), T2P_FOUR(11), T2P_FOUR(12),
-        T2P_FOUR(13), T2P_FOUR(14), T2P_FOUR(15)
-      : "l"(a), "l"(b) : "memory");
+      "%64, %65, add, 1, 1, 0, 0;\n}" : T2P_FOUR(0),
+      T2P_FOUR(1), T2P_FOUR(2), T2P_FOUR(3), T2P_FOUR(4), T2P_FOUR(5), T2P_FOUR(6), T2P_FOUR(7),
+      T2P_FOUR(8), T2P_FOUR(9), T2P_FOUR(10), T2P_FOUR(11), T2P_FOUR(12), T2P_FOUR(13),
+      T2P_FOUR(14), T2P_FOUR(15) : "l"(a), "l"(b) : "memory");
 }
 
 #undef T2P_FOUR

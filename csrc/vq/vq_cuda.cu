@@ -27,17 +27,18 @@ struct Road {
   }
 };
 
+bool always(int) { return true; }
+bool since_ampere(int major) { return major >= 8; }
+bool on_hopper(int major) { return major == 9 && hopper_is_built(); }
+
 // The first that fits is taken. The thresholds are reasoned, not yet measured on a GPU:
 //
 // - Tensor cores score a code in bfloat16 in about 2 instructions of a thread, whatever d; float32
 //   wants d + 1.5 of them. But bfloat16 leaves more codes to compare, the more the fewer channels
 //   there are, and needs a launch more: below 2^24 products either is a matter of launches.
-// - Hopper's own tensor cores have the rows of a block in shared memory, up to 384 channels of them.
-// - Few rows leave little to share of what a codebook's rounding costs, and few codes little to scan.
+// - Hopper's own tensor cores have the rows of a block in shared memory, up to 384 channels.
+// - Few rows leave little to share of what a codebook's rounding costs, few codes little to scan.
 // - The road for few channels has them all in registers, which ends at 32.
-bool always(int) { return true; }
-bool since_ampere(int major) { return major >= 8; }
-bool on_hopper(int major) { return major == 9 && hopper_is_built(); }
 const Road kRoads[] = {
     {on_hopper, 33, 384, 16, 128, 1 << 19, workspace_size_hopper, nearest_hopper},
     {on_hopper, 17, 32, 256, 128, 1 << 24, workspace_size_hopper, nearest_hopper},

@@ -25,18 +25,18 @@ struct Codes {
   Metric metric;
 };
 
-// A codebook and what is prepared of it, in the workspace. As on the CPU, rows and codes are scored by
-// |c|^2 / 2 - x.c, or without the norms by -x.c. That orders codes as their distances do, for kCosine
-// with codes of length 1. Subtracting a vector m from all codes changes no order, if for kL2 it is
-// subtracted from the rows as well.
+// A codebook and what is prepared of it, in the workspace. As on the CPU, rows and codes are scored
+// by |c|^2 / 2 - x.c, or without the norms by -x.c. That orders codes as their distances do, for
+// kCosine with codes of length 1. Subtracting a vector m from all codes changes no order, if for
+// kL2 it is subtracted from the rows as well.
 struct Prepared {
   Metric metric;
   const float* codebook;  // [k, d], as it came
   std::int64_t k, d;
-  float* directions;   // [k, d] for kCosine: of length 1, in float64 and then rounded; else null
-  float* center;       // [d], m: about the mean of the codes as they are scored
-  float* row_center;   // [d], m for kL2, else 0
-  float* half_norms;   // [k], |c - m|^2 / 2 for kL2, else 0; infinite for a code that is not finite
+  float* directions;  // [k, d] for kCosine: of length 1, in float64 and then rounded; else null
+  float* center;      // [d], m: about the mean of the codes as they are scored
+  float* row_center;  // [d], m for kL2, else 0
+  float* half_norms;  // [k], |c - m|^2 / 2 for kL2, else 0; infinite for a code that is not finite
   // Two floats >= 0 by their bits, which order as integers do.
   int* largest_half_norm;   // [1], of all |c - m|^2 / 2; infinite if a finite code's is
   int* largest_rounding;    // [1], of all |(c - m) - its bfloat16|^2

@@ -8,10 +8,10 @@
 //   index     = argmin over {j : score[j] >= threshold} of |x - c_j|^2 in float64
 //
 // and for the other metrics as in vq_cuda.cuh. No matrix [n, k] is written: the scores of a block's
-// rows and of some codes are in registers, and for every row the best so far is kept and a short list
-// of the codes that pass. That the best only rises makes every code that is left out one that cannot
-// be nearest. A row whose list overflows, or whose bounds are of no use, is searched in float32 and
-// float64.
+// rows and of some codes are in registers, and for every row the best so far is kept and a short
+// list of the codes that pass. That the best only rises makes every code that is left out one that
+// cannot be nearest. A row whose list overflows, or whose bounds are of no use, is searched in
+// float32 and float64.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -27,8 +27,8 @@ using std::int64_t;
 // One warp per row: joins the lists and compares those of their codes that still pass.
 template <class T>
 __global__ void resolve_coarse_kernel(Rows<const T> x, int64_t first, int64_t count, Prepared codes,
-                                       Coarse coarse, int lists,
-                                      int64_t* __restrict__ indices, float* __restrict__ distance) {
+                                      Coarse coarse, int lists, int64_t* __restrict__ indices,
+                                      float* __restrict__ distance) {
   const int64_t i = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (i >= count) return;

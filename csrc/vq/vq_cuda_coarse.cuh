@@ -3,9 +3,8 @@
 // score that of the nearest code may be, for scores y'.c' - |c'|^2 / 2 in bfloat16. The two bounds
 // are those of vq_bounds-inl.h, and the smaller holds:
 //
-// - Scores are off by at most E = |y - y'| |c| + |y'| |c - c'| + (|c|^2 - |c'|^2) / 2, so the
-// nearest
-//   code's is at most 2E below that of any other.
+// - Scores are off by at most E = |y - y'| |c| + |y'| |c - c'| + (|c|^2 - |c'|^2) / 2: that of the
+//   nearest code is at most 2E below that of any other.
 // - For kL2, |y - c| and |y' - c'| differ by at most e = |y - y'| + |c - c'|. A code of score S has
 //   |y' - c'| = D = sqrt(|y'|^2 - 2 S), the nearest then at most D + 2e: its score is at most
 //   2eD + 2e^2 below S. That is little where rows are near to their codes.
@@ -45,8 +44,9 @@ struct List {
 };
 
 // Rows or codes are [tiles, chunks, vectors of a tile, channels of a chunk], so that what a block
-// loads of a chunk is contiguous. Vectors, and channels, are filled up with zeros. Swizzled, vector v
-// has its piece p of 8 channels at place p ^ v % 8: as wgmma finds it with its swizzle of 128 bytes.
+// loads of a chunk is contiguous. Vectors, and channels, are filled up with zeros. Swizzled, vector
+// v has its piece p of 8 channels at place p ^ v % 8: as wgmma finds it with its swizzle of 128
+// bytes.
 struct Packing {
   std::int64_t chunks, tile;
   int chunk;  // channels; 64 if swizzled

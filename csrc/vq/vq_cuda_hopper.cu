@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scores of the road through Hopper's tensor cores: wgmma, fed by bulk copies. A block holds the
-// scores of 256 rows and 128 codes, half of the rows in each of two warpgroups. One more warp copies:
-// the block's rows once, and codes in stages of 64 channels, as far ahead as there are stages. While
-// one warpgroup looks at its scores the other one multiplies. Blocks are as many as multiprocessors,
-// and go on to further rows and splits of the codes. What comes before and after is in
-// vq_cuda_coarse.cu; rows and codes are packed there as wgmma reads them, so that a copy of
-// consecutive bytes is all that it takes.
+// The scores of the road through Hopper's tensor cores: wgmma, fed by bulk copies. A block holds
+// the scores of 256 rows and 128 codes, half of the rows in each of two warpgroups. A third one, of
+// which one thread works, copies: the block's rows once, and codes in stages of 64 channels, as far
+// ahead as there are stages. While one warpgroup looks at its scores the other one multiplies.
+// Blocks are as many as multiprocessors, and go on to further rows and splits of the codes. What
+// comes before and after is in vq_cuda_coarse.cu; rows and codes are packed there as wgmma reads
+// them, so that a copy of consecutive bytes is all that it takes.
 //
 // The floor is that of vq_cuda_mma.cu, 0.70 ms for 65536 x 16384 x 256 on an H200. A product
-// [64, 128, 16] takes 64 clocks and reads 6 KiB of shared memory, 96 of the 128 bytes a clock; a tile's
-// scores take a thread about 3 instructions each, 20 % of the products' time at d = 256, in which the
-// other warpgroup multiplies. Each block reads all codes: 2.1 GB from the L2 cache in that time. Not
-// yet run on a GPU.
+// [64, 128, 16] takes 64 clocks and reads 6 KiB of shared memory, 96 of the 128 bytes a clock; a
+// tile's scores take a thread about 3 instructions each, 20 % of the products' time at d = 256, in
+// which the other warpgroup multiplies. Each block reads all codes: 2.1 GB from the L2 cache in
+// that time. Not yet run on a GPU.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -31,7 +31,8 @@ using std::uint32_t;
 
 constexpr int kBlockRows = 256, kBlockCodes = 128, kChunk = 64, kMostStages = 6;
 constexpr int kGroups = 2, kGroupWarps = 4;
-constexpr int kThreads = (kGroups + 1) * kGroupWarps * kWarp;  // of the last group one thread copies
+constexpr int kThreads =
+    (kGroups + 1) * kGroupWarps * kWarp;  // of the last group one thread copies
 constexpr int kVectorBytes = kChunk * 2;
 constexpr int kRowBytes = kBlockRows * kVectorBytes, kCodeBytes = kBlockCodes * kVectorBytes;
 constexpr int kBiasBytes = kBlockCodes * 4, kStageBytes = kCodeBytes + kBiasBytes;
@@ -75,8 +76,8 @@ struct Turn {
   __device__ int before(int stages) const { return stage == 0 ? stages - 1 : stage - 1; }
 };
 
-// What a block works on: rows of one block and codes of one split. Blocks that run side by side take
-// the same codes, which then are in the L2 cache.
+// What a block works on: rows of one block and codes of one split. Blocks that run side by side
+// take the same codes, which then are in the L2 cache.
 struct Item {
   int64_t row_block, split, first, last;  // codes
 
@@ -266,16 +267,15 @@ void launch_coarse(const Coarse& coarse, int64_t row_blocks, int64_t tiles_per_s
   const Plan plan{fitting < kMostStages ? fitting : kMostStages, row_blocks, tiles_per_split,
                   splits};
   const int shared = rows + plan.stages * kStageBytes;
-  cuda_check(cudaFuncSetAttribute(coarse_hopper_kernel,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+  cuda_check(cudaFuncSetAttribute(coarse_hopper_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shared),
              kOp);
   const int64_t items = row_blocks * splits;
   const auto blocks = static_cast<unsigned>(items < processors ? items : processors);
   coarse_hopper_kernel<<<blocks, kThreads, shared, stream>>>(coarse, plan);
 }
 
-constexpr CoarseRoad kRoad{kBlockRows, kBlockCodes, kChunk,     true,
-                           1,          split_count, launch_coarse};
+constexpr CoarseRoad kRoad{kBlockRows, kBlockCodes, kChunk, true, 1, split_count, launch_coarse};
 
 }  // namespace
 

@@ -11,13 +11,13 @@
 
 namespace t2p::vq {
 
-// The running bests and lists of a warp's rows: those of kRowTiles tiles of 16, kTileStep apart. The
-// 4 lanes of a group agree on them.
+// The running bests and lists of a warp's rows: those of kRowTiles tiles of 16, kTileStep apart.
+// The 4 lanes of a group agree on them.
 template <int kRowTiles, int kCodeTiles, int kTileStep>
 class Lists {
  public:
-  // What a thread has of its warp's scores: of rows kTileStep m + group + 8 h and codes 8 n + 2 t + e
-  // the element [m][n][2 h + e], lane = 4 group + t.
+  // What a thread has of its warp's scores: of rows kTileStep m + group + 8 h and codes 8 n + 2 t +
+  // e the element [m][n][2 h + e], lane = 4 group + t.
   using Scores = float[kRowTiles][kCodeTiles][4];
 
   __device__ Lists(const Coarse& coarse, std::int64_t list, std::int64_t first_row)

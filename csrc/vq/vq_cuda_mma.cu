@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scores of the road through tensor cores as they are since compute capability 8.0: a block holds
-// those of 256 rows and 128 codes in registers, and each of its two columns of warps has lists of its
-// own. What comes before and after is in vq_cuda_coarse.cu.
+// The scores of the road through tensor cores as they are since compute capability 8.0: a block
+// holds those of 256 rows and 128 codes in registers, and each of its two columns of warps has
+// lists of its own. What comes before and after is in vq_cuda_coarse.cu.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t chunks = coarse.code_packing.chunks;
   const Pipeline pipeline(coarse, row_slots);
   WarpLists lists(coarse, blockIdx.y * kColumns + warp % kColumns,
-              blockIdx.x * int64_t{kBlockRows} + warp_row);
+                  blockIdx.x * int64_t{kBlockRows} + warp_row);
 
   const int64_t first = blockIdx.y * tiles_per_split * kBlockCodes;
   const int64_t last = min(coarse.padded_codes, first + tiles_per_split * kBlockCodes);
@@ -184,7 +184,7 @@ void launch_coarse(const Coarse& coarse, int64_t row_blocks, int64_t tiles_per_s
   coarse_kernel<<<grid, kThreads, shared, stream>>>(coarse, tiles_per_split, row_slots);
 }
 
-constexpr CoarseRoad kRoad{kBlockRows, kBlockCodes, kChunk,     false,
+constexpr CoarseRoad kRoad{kBlockRows, kBlockCodes, kChunk,       false,
                            kColumns,   split_count, launch_coarse};
 
 }  // namespace

@@ -195,7 +195,8 @@ __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
   Best best = best_of_splits[r];
   for (int s = 1; s < splits; ++s) best.merge(best_of_splits[s * n + r]);
   const float radius = norm_bound(2 * __int_as_float(*codes.largest_half_norm), d);
-  const float limit = best.score + twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
+  const float limit =
+      best.score + twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
   if (!(limit < infinity() && best.second > limit)) {
     if (lane == 0) leave_undecided(codes, r);
     return;

@@ -64,8 +64,7 @@ __device__ Rounded round_vectors(Rows<const T> from, int64_t first, int64_t coun
       rounded.off_squares = fmaf(off, off, rounded.off_squares);
       (u % 2 ? pairs[u / 2].y : pairs[u / 2].x) = half;
     }
-    auto* at = reinterpret_cast<__nv_bfloat162*>(
-        to + packing.at(begin + own, c + own_channel));
+    auto* at = reinterpret_cast<__nv_bfloat162*>(to + packing.at(begin + own, c + own_channel));
     at[0] = pairs[0];
     at[1] = pairs[1];
   }
@@ -80,8 +79,8 @@ __device__ Rounded round_vectors(Rows<const T> from, int64_t first, int64_t coun
 
 __global__ void __launch_bounds__(kThreads) round_codes_kernel(Prepared codes, Coarse coarse) {
   const Rows<const float> from{codes.scored(), codes.k, codes.d, 1, codes.d, 1, 1};
-  const Rounded rounded = round_vectors(from, 0, codes.k, codes.center, coarse.code_packing,
-                                        coarse.codes);
+  const Rounded rounded =
+      round_vectors(from, 0, codes.k, codes.center, coarse.code_packing, coarse.codes);
   const int64_t j = blockIdx.x * int64_t{kRoundedVectors} + threadIdx.x / 8;
   if (threadIdx.x % 8 != 0) return;
   const float half = 0.5f * rounded.squares, near_half = 0.5f * rounded.near_squares;
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kThreads)
       round_vectors(x, first, count, codes.row_center, coarse.row_packing, coarse.rows);
   const int64_t i = blockIdx.x * int64_t{kRoundedVectors} + threadIdx.x / 8;
   if (threadIdx.x % 8 != 0) return;
-  RowBounds bounds = bound_row(codes.metric, rounded.squares, rounded.near_squares, rounded.off_squares,
-                               __int_as_float(*codes.largest_half_norm),
+  RowBounds bounds = bound_row(codes.metric, rounded.squares, rounded.near_squares,
+                               rounded.off_squares, __int_as_float(*codes.largest_half_norm),
                                __int_as_float(*codes.largest_rounding), codes.d);
   if (i >= count) bounds.margin = -1;
   if (!rounded.finite) bounds.margin = not_a_number();
@@ -120,8 +119,8 @@ void launch_round_codes(const Prepared& codes, const Coarse& coarse, cudaStream_
   round_codes_kernel<<<blocks, kThreads, 0, stream>>>(codes, coarse);
 }
 
-void launch_round_rows(const AnyRows& x, int64_t first, int64_t count,
-                       const Prepared& codes, const Coarse& coarse, cudaStream_t stream) {
+void launch_round_rows(const AnyRows& x, int64_t first, int64_t count, const Prepared& codes,
+                       const Coarse& coarse, cudaStream_t stream) {
   const unsigned blocks = blocks_for(coarse.padded_rows, kRoundedVectors);
   with_rows(x, [&](const auto& rows) {
     round_rows_kernel<<<blocks, kThreads, 0, stream>>>(rows, first, count, codes, coarse);

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kSearchThreads)
       const float centred = to_float(row[t * x.channel_stride]) - codes.row_center[t];
       squares = fmaf(centred, centred, squares);
     }
-    const float margin = twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
+    const float margin =
+        twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
     float limit = infinity();
     Nearest nearest{infinity(), 0};
     for (int64_t j = warp * kCodesAtOnce; j < k; j += kSearchWarps * kCodesAtOnce) {

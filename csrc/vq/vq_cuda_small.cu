@@ -5,12 +5,12 @@
 // cost 4 for all of them. The codes of a group that may hold the nearest are then compared in
 // float64, all of them; what has to be proven is only that no other group can hold it.
 //
-// The floor is n k (d + 1) instructions of a thread, of which a multiprocessor does 128 a clock: for
-// 65536 x 8192 x 8 on an H200, 0.14 ms at 33.5e12 a second; 262144 x 16384 x 32 would take 4.2 ms.
-// Of 8 channels the loops hold 10.0 instructions for a code, of 32 36.9.
-// A float of a code from shared memory serves the kRows rows of a thread. Shared memory hands every
-// lane at most 4 bytes a clock, while 4 warps multiply: with fewer than 4 rows it would bind, with 8
-// it takes half of the time that the products take, with 6 two thirds. Not yet run on a GPU.
+// The floor is n k (d + 1) instructions of a thread, of which a multiprocessor does 128 a clock:
+// for 65536 x 8192 x 8 on an H200, 0.14 ms at 33.5e12 a second; 262144 x 16384 x 32 would take 4.2
+// ms. Machine code for sm_90 holds 10.0 instructions for a code of 8 channels, 36.9 of 32. A float
+// of a code from shared memory serves the kRows rows of a thread. Shared memory hands every lane at
+// most 4 bytes a clock, while 4 warps multiply: with fewer than 4 rows it would bind, with 8 it
+// takes half of the time that the products take, with 6 two thirds. Not yet run on a GPU.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T* from = row_pointer(x, r < n ? r : n - 1);
 #pragma unroll
     for (int t = 0; t < kWidth; ++t) {
-      row[i][t] =
-          t < codes.d ? codes.row_center[t] - to_float(from[t * x.channel_stride]) : 0.0f;
+      row[i][t] = t < codes.d ? codes.row_center[t] - to_float(from[t * x.channel_stride]) : 0.0f;
     }
   }
   Groups groups[kRows];
@@ -181,8 +180,8 @@ __global__ void resolve_small_kernel(Rows<const T> x, Prepared codes, Small smal
   Nearest nearest{infinity(), codes.k};
   bool decided = limit < infinity();
   for (int base = 0; decided && base < splits; base += kWarp) {
-    const Groups own = base + lane < splits ? of_row[base + lane]
-                                            : Groups{infinity(), infinity(), 0};
+    const Groups own =
+        base + lane < splits ? of_row[base + lane] : Groups{infinity(), infinity(), 0};
     decided = !__any_sync(kAllLanes, own.second <= limit);
     unsigned left = __ballot_sync(kAllLanes, own.best <= limit);
     for (; decided && left; left &= left - 1) {
@@ -222,8 +221,8 @@ __global__ void resolve_small_kernel(Rows<const T> x, Prepared codes, Small smal
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Row blocks alone may not fill the device: then the codes are split as well, into parts of 4 groups
-// or more.
+// Row blocks alone may not fill the device: then the codes are split as well, into parts of 4
+// groups or more.
 int64_t split_count(int64_t n, const Codes& codes) {
   constexpr int64_t kBlocksWanted = 528, kFewestGroups = 4;  // 4 blocks for 132 multiprocessors
   const int64_t rows = kThreads * rows_of_thread(width_for(codes.d));
@@ -255,14 +254,15 @@ void launch_small(const AnyRows& x, const Workspace& w, int64_t splits, int64_t 
   const dim3 grid(blocks_for(x.rows.count(), kThreads * rows_of_thread(kWidth)),
                   static_cast<unsigned>(splits));
   with_rows(x, [&](const auto& rows) {
-    small_kernel<kWidth>
-        <<<grid, kThreads, 0, stream>>>(rows, w.codes, w.small, groups_per_split);
+    small_kernel<kWidth><<<grid, kThreads, 0, stream>>>(rows, w.codes, w.small, groups_per_split);
   });
 }
 
 }  // namespace
 
-int64_t workspace_size_small(int64_t n, const Codes& codes) { return carve(nullptr, n, codes).floats; }
+int64_t workspace_size_small(int64_t n, const Codes& codes) {
+  return carve(nullptr, n, codes).floats;
+}
 
 void nearest_small(const AnyRows& x, const Codes& codes, int, cudaStream_t stream, float* workspace,
                    int64_t* indices, float* distance) {

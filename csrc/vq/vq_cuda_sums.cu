@@ -74,8 +74,8 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
   check_launch("vq_lookup");
 }
 
-void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin,
-                     int64_t k, int device, void* stream, float* counts, float* sums) {
+void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin, int64_t k,
+                     int device, void* stream, float* counts, float* sums) {
   const DeviceGuard guard(device, "vq_accumulate");
   const unsigned blocks = static_cast<unsigned>(k < 65536 ? k : 65536);
   with_rows(x, [&](const auto& rows) {

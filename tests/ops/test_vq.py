@@ -2,7 +2,7 @@
 """Vector quantisation against the float64 reference. Distances are compared, not indices."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,43 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast import reference
-from t2p_fast._library import _C
 from t2p_fast.ops import vq_lookup, vq_nearest, vq_quantize, vq_topk
-from t2p_fast.reference.vq import _distances as distances
+from vq_cases import CASES, HARD, METRICS, assert_nearest, case_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-# Sizes about the edges of tiles (8), panels (8, 24, 48), blocks (64, 256) and vectors (16).
-CASES = [
-    (1, 1, 1), (5, 3, 2), (63, 47, 17), (64, 48, 16), (65, 49, 15), (257, 1000, 8),
-    (300, 100, 256), (7, 5000, 33), (1000, 64, 3), (9, 100, 1030), (3, 20, 4096),
-]  # fmt: skip
-
-
-METRICS = ("l2", "dot", "cosine")
-
-
-def _case(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
-
-
-def _assert_nearest(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor) -> None:
-    """The chosen codes are nearest in float64, the distances theirs to float32 rounding."""
-    assert indices.dtype == torch.int64
-    assert ((indices >= 0) & (indices < len(codebook))).all()
-    x64, codes64 = x.double().cpu(), codebook.double().cpu()
-    _, best = reference.vq_nearest(x64, codes64, return_distance=True)
-    chosen = (x64 - codes64[indices.cpu()]).square().sum(-1)
-    # Two float64 sums of d terms in different orders.
-    torch.testing.assert_close(chosen, best, rtol=x.shape[-1] * 2.0**-52, atol=0)
-    torch.testing.assert_close(distance.double().cpu(), best, rtol=2.0**-22, atol=1e-44)
 
 
 @pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
 def test_nearest_is_exact(n: int, k: int, d: int, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    x, codebook = (t.to(device) for t in case_of(n, k, d))
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -65,103 +38,14 @@ def test_nearest_is_exact_everywhere(
     n: int, k: int, d: int, scale: float, offset: float, grid: bool, duplicates: bool, seed: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    x, codebook = _case(n, k, d, seed)
+    x, codebook = case_of(n, k, d, seed)
     if grid:  # exact ties
         x, codebook = x.round(), codebook.round()
     if duplicates:
         codebook = codebook[torch.arange(k) // 3]
     x, codebook = (x * scale + offset).to(device), (codebook * scale + offset).to(device)
     assume(n > 0)
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-
-
-# On CUDA these go to the tensor cores: edges of tiles (256 rows, 128 codes) and of chunks of 32
-# channels, tiles in one split and in more, rows that stay in shared memory and rows that do not.
-TENSOR_CORE_CASES = [
-    (512, 1024, 32), (130, 130, 34), (256, 128, 33), (257, 140, 64), (300, 500, 47),
-    (17, 1000, 65), (16, 1024, 450),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("n", "k", "d"), TENSOR_CORE_CASES, ids=lambda v: str(v))
-def test_nearest_is_exact_on_tensor_cores(
-    n: int, k: int, d: int, device: torch.device, emulated: bool
-) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    if emulated:
-        _C.device.launches.clear()
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-    if emulated and _C.build_info()["cuda_archs"] != ["75-virtual"]:
-        launched = " ".join(_C.device.launches)
-        assert "coarse_kernel" in launched
-        assert "scan_kernel" not in launched
-
-
-@pytest.fixture
-def hopper(emulated: bool, kernels: str) -> Iterator[None]:
-    """An emulated device is one of compute capability 9.0."""
-    if kernels == "cpu":
-        pytest.skip("as on any other CPU")
-    if not emulated:
-        yield
-        return
-    before, _C.device.capability = _C.device.capability, (9, 0)
-    yield
-    _C.device.capability = before
-
-
-# As above, for blocks of 256 rows and 128 codes, chunks of 64 channels and steps of 16; more chunks
-# than stages, and more work than processors.
-HOPPER_CASES = [
-    (512, 1024, 32), (130, 130, 34), (256, 128, 64), (300, 500, 81), (17, 1300, 300),
-    (1100, 300, 65), (16, 256, 384),
-]  # fmt: skip
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("n", "k", "d"), HOPPER_CASES, ids=lambda v: str(v))
-def test_nearest_is_exact_on_hopper(
-    n: int, k: int, d: int, device: torch.device, emulated: bool
-) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    if emulated:
-        _C.device.launches.clear()
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-    if emulated:
-        assert "coarse_hopper_kernel" in " ".join(_C.device.launches)
-
-
-@pytest.mark.not_emulated(reason="more rows than the workspace is for at a time")
-def test_nearest_of_more_rows_than_a_slab(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(135168 + 300, 128, 32))
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-
-
-# What the coarse stage has to get right: its bounds, its formats, many candidates and none.
-HARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "rows of all sizes": lambda x, c: (x * 10 ** torch.linspace(-6, 6, len(x))[:, None], c),
-    "codes of all sizes": lambda x, c: (x, c * 10 ** torch.linspace(-6, 6, len(c))[:, None]),
-    "a few codes large": lambda x, c: (x, c * (1e-5 + (torch.arange(len(c)) % 60 == 0))[:, None]),
-    "codes almost alike": lambda x, c: (x, c[:1] + 1e-5 * c),
-    "rows near codes": lambda x, c: (c[torch.arange(len(x)) % len(c)] + 1e-3 * x, c),
-    "rows that are codes": lambda x, c: (c[torch.arange(len(x)) % len(c)], c),
-    "one channel large": lambda x, c: (x.index_fill(1, torch.tensor(0), 1e5), c),
-    "far clusters": lambda x, c: (
-        x + 100 * c[torch.arange(len(x)) % 7],
-        c + 100 * c[torch.arange(len(c)) % 7],
-    ),
-    "an outlier": lambda x, c: (x, c.index_fill(0, torch.tensor(7), 1e9)),
-    "rows of zeros": lambda x, c: (x * 0, c),
-    "codes of zeros": lambda x, c: (x, c * 0),
-    "all alike": lambda x, c: (x * 0 + 1, c * 0 + 1),
-    "tiny": lambda x, c: (x * 1e-13, c * 1e-13),
-    "large": lambda x, c: (x * 1e12, c * 1e12),
-    "duplicates": lambda x, c: (x, c[torch.arange(len(c)) // 3]),
-    "more duplicates than a list holds": lambda x, c: (x, c[torch.arange(len(c)) // 50]),
-    "sorted, the nearest last": lambda x, c: (x, c[(x[0] - c).square().sum(1).argsort().flip(0)]),
-    "far from the origin": lambda x, c: (x + 1e4, c + 1e4),
-    "below what can be squared": lambda x, c: (x * 1e-30, c * 1e-30),
-}
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 @pytest.mark.parametrize("hard", HARD)
@@ -173,154 +57,15 @@ def test_nearest_is_exact_on_hard_data(
     hard: str, n: int, k: int, d: int, device: torch.device, emulated: bool
 ) -> None:
     k = k // 5 if emulated and n == 130 else k
-    x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-
-
-def _assert_nearest_by(
-    metric: str, x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor
-) -> None:
-    """As `_assert_nearest`, with the float64 rounding of products in units of |x| |c|."""
-    x64, codes64 = x.double().cpu(), codebook.double().cpu()
-    indices, distance = indices.cpu(), distance.double().cpu()
-    _, best = reference.vq_nearest(x64, codes64, metric=metric, return_distance=True)
-    chosen = torch.stack(
-        [distances(row, codes64[i][None], metric)[0] for row, i in zip(x64, indices)]  # noqa: B905
-    )
-    scale = 1 if metric == "cosine" else (x64.norm(dim=1) * codes64.norm(dim=1).max()) + 1e-300
-    error = x.shape[1] * 2.0**-50 * scale
-    assert ((chosen - best).abs() <= error).all()
-    assert ((distance - best).abs() <= 2.0**-23 * best.abs() + error + 1e-44).all()
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "k", "d"), CASES, ids=lambda v: str(v))
-def test_metrics(metric: str, n: int, k: int, d: int, device: torch.device, emulated: bool) -> None:
-    d = min(d, 300) if emulated else d
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    x[0], codebook[-1] = 0, 0  # at a right angle to all, by definition
-    found = vq_nearest(x, codebook, metric=metric, return_distance=True)
-    _assert_nearest_by(metric, x, codebook, *found)
-
-
-# By how they go on CUDA: rows in registers, tensor cores, neither.
-METRIC_CASES = [(40, 150, 3), (40, 300, 20), (60, 280, 33), (9, 100, 70)]
-
-
-@pytest.mark.parametrize("hard", HARD)
-@pytest.mark.parametrize("metric", ["dot", "cosine"])
-def test_metrics_on_hard_data(metric: str, hard: str, device: torch.device, emulated: bool) -> None:
-    for n, k, d in METRIC_CASES[1:3] if emulated else METRIC_CASES:
-        x, codebook = (t.to(device) for t in HARD[hard](*_case(n, k, d)))
-        found = vq_nearest(x, codebook, metric=metric, return_distance=True)
-        _assert_nearest_by(metric, x, codebook, *found)
-
-
-@pytest.mark.parametrize("metric", ["dot", "cosine"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES[1:], ids=lambda v: str(v))
-def test_metrics_of_what_is_not_finite(
-    bad: float, metric: str, n: int, k: int, d: int, device: torch.device
-) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    spoiled = codebook.clone()
-    spoiled[::3, 1] = bad
-    keep = torch.arange(k, device=device)[torch.arange(k, device=device) % 3 != 0]
-    clean = keep[vq_nearest(x, codebook[keep], metric=metric)]
-    x[n // 2, 1] = bad
-    indices, distance = vq_nearest(x, spoiled, metric=metric, return_distance=True)
-    assert indices[n // 2] == 0
-    assert distance[n // 2].isnan()
-    others = torch.arange(n, device=device) != n // 2
-    assert torch.equal(indices[others], clean[others])
-    nothing = vq_nearest(x, torch.full_like(codebook, bad), metric=metric, return_distance=True)
-    assert (nothing[0] == 0).all()
-    assert nothing[1][others].isinf().all()
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES, ids=lambda v: str(v))
-def test_metrics_ties_go_to_the_lowest_index(
-    metric: str, n: int, k: int, d: int, device: torch.device, emulated: bool
-) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k // 4 if emulated else k, d))
-    x = x[:20] if emulated else x
-    plain = vq_nearest(x, codebook, metric=metric)
-    assert torch.equal(vq_nearest(x, codebook.repeat(3, 1), metric=metric), plain)
-    assert torch.equal(vq_nearest(x, codebook.repeat_interleave(20, 0), metric=metric), 20 * plain)
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("hard", HARD)
-def test_hopper_on_hard_data(hard: str, metric: str, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in HARD[hard](*_case(60, 280, 70)))
-    if metric == "cosine":
-        x = x.bfloat16().float()
-    found = vq_nearest(x.bfloat16() if metric == "cosine" else x, codebook, metric=metric,
-                       return_distance=True)  # fmt: skip
-    if metric == "l2":
-        _assert_nearest(x, codebook, *found)
-    else:
-        _assert_nearest_by(metric, x, codebook, *found)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_metric_gradients(metric: str, device: torch.device) -> None:
-    x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
-    weight = torch.linspace(-1, 1, 50, device=device)
-    distance = vq_nearest(x, codebook, metric=metric, return_distance=True)[1]
-    (distance * weight).sum().backward()
-    x64, codes64 = (t.detach().double().requires_grad_() for t in (x, codebook))
-    truth = reference.vq_nearest(x64, codes64, metric=metric, return_distance=True)[1]
-    (truth * weight).sum().backward()
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(codebook.grad.double(), codes64.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "k", "d"), METRIC_CASES, ids=lambda v: str(v))
-def test_low_precision_rows(
-    n: int, k: int, d: int, metric: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Rows of low precision mean the numbers that they hold, whatever way they are read."""
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    image = x.to(dtype).T.reshape(1, d, n, 1).contiguous()
-    found = vq_nearest(image, codebook, metric=metric, channel_dim=1, return_distance=True)
-    _assert_nearest_by(metric, x.to(dtype).float(), codebook, *(t.view(n) for t in found))
-    plain = vq_nearest(x.to(dtype), codebook, metric=metric)
-    assert torch.equal(found[0].view(n), plain)
-
-
-# On CUDA, rows in registers: each width, edges of groups (16), tiles and row blocks, many splits.
-SMALL_CASES = [
-    (1, 3, 1),
-    (1030, 37, 4),
-    (300, 2100, 5),
-    (129, 1025, 8),
-    (20, 600, 16),
-    (800, 70, 32),
-]
-
-
-@pytest.mark.parametrize(("n", "k", "d"), SMALL_CASES, ids=lambda v: str(v))
-def test_nearest_is_exact_of_few_channels(
-    n: int, k: int, d: int, device: torch.device, emulated: bool
-) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
-    if emulated:
-        _C.device.launches.clear()
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
-    if emulated:
-        assert "small_kernel" in " ".join(_C.device.launches)
+    x, codebook = (t.to(device) for t in HARD[hard](*case_of(n, k, d)))
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs(dtype: torch.dtype, device: torch.device) -> None:
     """Inputs of low precision mean the numbers that they hold; nothing else is rounded."""
-    x, codebook = (t.to(device).to(dtype) for t in _case(300, 100, 24))
-    _assert_nearest(x.float(), codebook.float(), *vq_nearest(x, codebook, return_distance=True))
+    x, codebook = (t.to(device).to(dtype) for t in case_of(300, 100, 24))
+    assert_nearest(x.float(), codebook.float(), *vq_nearest(x, codebook, return_distance=True))
     for codes in (codebook, codebook.float()):
         a, c = x.clone().requires_grad_(), codes.clone().requires_grad_()
         quantized, indices, loss = vq_quantize(a, c, beta=0.5)
@@ -386,32 +131,32 @@ def _reference_groups(
 
 
 def test_nearest_of_a_view_that_negates(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(30, 100, 8))
+    x, codebook = (t.to(device) for t in case_of(30, 100, 8))
     view = torch._neg_view(x)
-    _assert_nearest(-x, codebook, *vq_nearest(view, codebook, return_distance=True))
+    assert_nearest(-x, codebook, *vq_nearest(view, codebook, return_distance=True))
 
 
 def test_nearest_far_from_the_origin(device: torch.device) -> None:
-    x, codebook = (1e4 + t.to(device) for t in _case(512, 1024, 64))
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    x, codebook = (1e4 + t.to(device) for t in case_of(512, 1024, 64))
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 def test_nearest_with_tiny_codes(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(512, 2048, 64))
+    x, codebook = (t.to(device) for t in case_of(512, 2048, 64))
     codebook = codebook / 2048 / 4
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 def test_nearest_with_clusters_far_apart(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(100, 300, 16))
+    x, codebook = (t.to(device) for t in case_of(100, 300, 16))
     x[::2] += 1e6
     codebook[::2] += 1e6
-    _assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
+    assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
 
 @pytest.mark.parametrize(("n", "k", "d"), [(100, 200, 8), (60, 280, 33)])
 def test_nearest_of_huge_values(n: int, k: int, d: int, device: torch.device) -> None:
-    x, codebook = (t.to(device) * 5e37 for t in _case(n, k, d))
+    x, codebook = (t.to(device) * 5e37 for t in case_of(n, k, d))
     indices, distance = vq_nearest(x, codebook, return_distance=True)
     chosen = (x.double() - codebook.double()[indices]).square().sum(-1)
     _, best = reference.vq_nearest(x.double(), codebook.double(), return_distance=True)
@@ -422,7 +167,7 @@ def test_nearest_of_huge_values(n: int, k: int, d: int, device: torch.device) ->
 @pytest.mark.parametrize("d", [24, 33])
 @pytest.mark.parametrize("times", [3, 100])
 def test_nearest_ties_go_to_the_lowest_index(times: int, d: int, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(50, 700 // times, d))
+    x, codebook = (t.to(device) for t in case_of(50, 700 // times, d))
     repeated = codebook.repeat(times, 1)
     assert torch.equal(vq_nearest(x, repeated), vq_nearest(x, codebook))
     assert (vq_nearest(x, torch.zeros(500, d, device=device)) == 0).all()
@@ -431,7 +176,7 @@ def test_nearest_ties_go_to_the_lowest_index(times: int, d: int, device: torch.d
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("k", "d"), [(100, 9), (300, 40)])
 def test_nearest_of_rows_not_finite(bad: float, k: int, d: int, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(70, k, d))
+    x, codebook = (t.to(device) for t in case_of(70, k, d))
     clean = vq_nearest(x, codebook)
     x[3, 4] = x[69, 0] = bad
     indices, distance = vq_nearest(x, codebook, return_distance=True)
@@ -447,7 +192,7 @@ def test_nearest_of_rows_not_finite(bad: float, k: int, d: int, device: torch.de
 def test_nearest_never_chooses_a_code_not_finite(
     bad: float, k: int, d: int, device: torch.device
 ) -> None:
-    x, codebook = (t.to(device) for t in _case(70, k, d))
+    x, codebook = (t.to(device) for t in case_of(70, k, d))
     spoiled = codebook.clone()
     spoiled[::3, 5] = bad
     keep = torch.arange(k, device=device)[torch.arange(k, device=device) % 3 != 0]
@@ -484,7 +229,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 @pytest.mark.parametrize(("k", "d"), [(33, 12), (130, 35)])
 def test_layouts(layout: str, k: int, d: int, device: torch.device) -> None:
     arrange, dim = LAYOUTS[layout]
-    rows, codebook = (t.to(device) for t in _case(210, k, d))
+    rows, codebook = (t.to(device) for t in case_of(210, k, d))
     x = arrange(rows)
     plain = x.movedim(dim, -1).reshape(-1, d).contiguous()
     shape = x.movedim(dim, -1).shape[:-1]
@@ -521,7 +266,7 @@ def test_quantize_and_gradients(channel_dim: int, device: torch.device) -> None:
 
 
 def test_quantize_gradient_far_from_the_origin(device: torch.device) -> None:
-    x, codebook = (1e4 + t.to(device) for t in _case(256, 16, 8))
+    x, codebook = (1e4 + t.to(device) for t in case_of(256, 16, 8))
     codebook.requires_grad_()
     vq_quantize(x, codebook)[2].backward()
     truth = codebook.detach().double().requires_grad_()
@@ -530,7 +275,7 @@ def test_quantize_gradient_far_from_the_origin(device: torch.device) -> None:
 
 
 def test_nearest_distance_gradient(device: torch.device) -> None:
-    x, codebook = (t.to(device).requires_grad_() for t in _case(50, 9, 5))
+    x, codebook = (t.to(device).requires_grad_() for t in case_of(50, 9, 5))
     weight = torch.linspace(-1, 1, 50, device=device)
     (vq_nearest(x, codebook, return_distance=True)[1] * weight).sum().backward()
     x64, codes64 = (t.detach().double().requires_grad_() for t in (x, codebook))
@@ -550,7 +295,7 @@ def test_lookup_gradient(device: torch.device) -> None:
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
-    x, codebook = _case(3000, 500, 24)
+    x, codebook = case_of(3000, 500, 24)
     before = torch.get_num_threads()
     try:
         runs = []
@@ -595,7 +340,7 @@ def test_compile(device: torch.device) -> None:
 
 
 def test_autocast_computes_in_float32(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(40, 30, 8))
+    x, codebook = (t.to(device) for t in case_of(40, 30, 8))
     with torch.autocast(device.type, dtype=torch.bfloat16):
         quantized, indices, loss = vq_quantize(x.bfloat16(), codebook)
         assert vq_lookup(indices, codebook.bfloat16()).dtype == torch.float32
@@ -647,7 +392,7 @@ def test_errors(device: torch.device) -> None:
 
 @pytest.mark.parametrize("op", [vq_nearest, vq_quantize])
 def test_tensors_on_two_devices_are_refused(op: Callable[..., object]) -> None:
-    x, codebook = _case(10, 5, 4)
+    x, codebook = case_of(10, 5, 4)
     with pytest.raises(ValueError, match="codebook is on meta but x is on cpu"):
         op(x, codebook.to("meta"))
     with pytest.raises(ValueError, match="codebook is on cpu but x is on meta"):
@@ -664,7 +409,7 @@ def test_shapes_without_data() -> None:
 
 
 def test_forward_mode_is_refused() -> None:
-    x, codebook = _case(10, 5, 4)
+    x, codebook = case_of(10, 5, 4)
     for function in (
         lambda c: vq_lookup(torch.tensor([1]), c),
         lambda c: vq_quantize(x, c)[2],
@@ -687,7 +432,7 @@ def test_lookup_of_an_index_out_of_range(index: int, device: torch.device, kerne
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("n", "k", "d"), [(50, 300, 17), (33, 12, 4), (5, 40, 1)])
 def test_topk(metric: str, n: int, k: int, d: int, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(n, k, d))
+    x, codebook = (t.to(device) for t in case_of(n, k, d))
     for count in (1, 5, 12):
         distance, indices = vq_topk(x, codebook, count, metric=metric)
         truth, expected = reference.vq_topk(x.double(), codebook.double(), count, metric=metric)
@@ -700,7 +445,7 @@ def test_topk(metric: str, n: int, k: int, d: int, device: torch.device) -> None
 
 @pytest.mark.parametrize("hard", sorted(HARD))
 def test_topk_on_hard_data(hard: str, device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in HARD[hard](*_case(40, 200, 9)))
+    x, codebook = (t.to(device) for t in HARD[hard](*case_of(40, 200, 9)))
     x, codebook = 100 + x, 100 + torch.cat([codebook, codebook[:50]])  # far away, and with ties
     distance, indices = vq_topk(x, codebook, 7)
     truth, expected = reference.vq_topk(x.double(), codebook.double(), 7)
@@ -709,7 +454,7 @@ def test_topk_on_hard_data(hard: str, device: torch.device) -> None:
 
 
 def test_topk_of_what_is_not_finite(device: torch.device) -> None:
-    x, codebook = (t.to(device) for t in _case(20, 30, 4))
+    x, codebook = (t.to(device) for t in case_of(20, 30, 4))
     clean = vq_topk(x, codebook[1:], 5)[1] + 1
     x[3, 1], codebook[0, 2] = math.nan, math.inf
     distance, indices = vq_topk(x, codebook, 5)
