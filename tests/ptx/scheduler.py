@@ -249,7 +249,7 @@ class Scheduler:
                 block.control.step(w)
             self._add(block.next, group)
         self.at_barrier[lanes] = -1
-        w.order(lanes)
+        w.barrier(np.flatnonzero(complete))
         if everyone and w.shared.shadow:
             w.shared.shadow.interval_over()
         return True

@@ -11,7 +11,7 @@ import numpy as np
 
 from ptx.memory import Region
 from ptx.products import Products
-from ptx.races import stamp
+from ptx.races import Clocks, Shadow, stamp
 
 if TYPE_CHECKING:
     from ptx.compiler import Program
@@ -50,7 +50,8 @@ class Warps:
         self.block = self.local_block + first_block
         self.lane = (self.thread % WARP).astype(np.uint32)
         self.live = self.thread < self.threads
-        self.barriers = np.zeros(self.count, np.int64)
+        self.clocks = Clocks(first_block, blocks, self.stride // WARP)
+        Shadow.clocks = self.clocks
         self.warp_syncs = np.zeros(self.count, np.int64)
         self.stamps = np.zeros(0, np.int64)
         self.restamp()
@@ -86,16 +87,22 @@ class Warps:
 
     def restamp(self) -> None:
         """Stamps anew: a new array, because logs hold the old one."""
-        self.stamps = stamp(self.block, self.thread, self.barriers, self.warp_syncs)
+        epochs = np.repeat(self.clocks.epochs.reshape(-1), WARP)
+        self.stamps = stamp(self.block, self.thread, epochs, self.warp_syncs)
 
-    def order(self, chosen: Array) -> None:
-        """What `chosen` lanes do from now on comes after all that their blocks did so far.
+    def release(self, lanes: Array) -> dict[int, Array]:
+        """Ends epochs of the warps of `lanes`; what each of them tells, by its number."""
+        warps = np.unique(lanes // WARP).tolist()
+        told = {warp: self.clocks.release(*divmod(warp, self.stride // WARP)) for warp in warps}
+        self.restamp()
+        return told
 
-        Whoever has waited gets a number of its own: equal numbers are those of lanes that have
-        waited together, and then done things side by side.
-        """
-        highest = self.barriers.reshape(self.blocks, self.stride).max(1) + 1
-        self.barriers = np.where(chosen, np.repeat(highest, self.stride), self.barriers)
+    def acquire(self, lane: int, told: Array) -> None:
+        self.clocks.acquire(*divmod(lane // WARP, self.stride // WARP), told)
+
+    def barrier(self, blocks: Array) -> None:
+        """Blocks have passed a barrier, by their numbers among those that run."""
+        self.clocks.barrier(blocks)
         self.restamp()
 
     def activate(self, active: Array, full: bool) -> None:
