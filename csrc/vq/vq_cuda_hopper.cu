@@ -31,8 +31,7 @@ using std::uint32_t;
 
 constexpr int kBlockRows = 256, kBlockCodes = 128, kChunk = 64, kMostStages = 6;
 constexpr int kGroups = 2, kGroupWarps = 4;
-constexpr int kThreads =
-    (kGroups + 1) * kGroupWarps * kWarp;  // of the last group one thread copies
+constexpr int kThreads = (kGroups + 1) * kGroupWarps * kWarp;  // one of the last group copies
 constexpr int kVectorBytes = kChunk * 2;
 constexpr int kRowBytes = kBlockRows * kVectorBytes, kCodeBytes = kBlockCodes * kVectorBytes;
 constexpr int kBiasBytes = kBlockCodes * 4, kStageBytes = kCodeBytes + kBiasBytes;
