@@ -78,6 +78,7 @@ class Lists {
     }
     int at = count_[i] + upto - hits;
     count_[i] = min(count_[i] + __shfl_sync(kAllLanes, upto, 3, 4), kCapacity + 1);
+    __syncwarp();  // places of a list that began anew were written to by other lanes before
     if (hits == 0) return;
 #pragma unroll
     for (int u = 0; u < 2 * kCodeTiles; ++u) {
