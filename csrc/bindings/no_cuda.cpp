@@ -78,16 +78,16 @@ void noise_cuda(const std::int64_t*, std::uint64_t, std::uint64_t, std::int64_t,
 
 namespace vq {
 
-void nearest_cuda(const Rows<const float>&, const float*, std::int64_t, int, void*, float*,
+void nearest_cuda(const AnyRows&, const float*, std::int64_t, Metric, int, void*, float*,
                   std::int64_t*, float*) {
   built_without_cuda("vq_nearest");
 }
-std::int64_t workspace_size(std::int64_t, std::int64_t, std::int64_t) { return 0; }
+std::int64_t workspace_size(std::int64_t, std::int64_t, std::int64_t, Metric) { return 0; }
 void lookup_cuda(const std::int64_t*, const float*, std::int64_t, int, void*, const Rows<float>&) {
   built_without_cuda("vq_lookup");
 }
-void accumulate_cuda(const Rows<const float>&, const std::int64_t*, const std::int64_t*,
-                     std::int64_t, int, void*, float*, float*) {
+void accumulate_cuda(const AnyRows&, const std::int64_t*, const std::int64_t*, std::int64_t, int,
+                     void*, float*, float*) {
   built_without_cuda("vq_accumulate");
 }
 void total_cuda(const float*, std::int64_t, double, int, void*, float*) {

@@ -14,8 +14,7 @@ namespace t2p::vq {
 namespace {
 
 template <class T>
-Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
-  check_float32(op, name, tensor);
+Rows<T> rows_of(const char* op, const char* name, const TensorView& tensor) {
   T2P_CHECK(tensor.ndim() == 3 && tensor.size(1) > 0, op, ": ", name,
             " must be [outer, d >= 1, inner], got ", tensor.shape_text());
   return {.data = tensor.data<T>(),
@@ -25,6 +24,21 @@ Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
           .outer_stride = tensor.stride(0),
           .channel_stride = tensor.stride(1),
           .inner_stride = tensor.stride(2)};
+}
+
+template <class T>
+Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
+  check_float32(op, name, tensor);
+  return rows_of<T>(op, name, tensor);
+}
+
+// Of x on CUDA.
+AnyRows any_rows(const char* op, const TensorView& x) {
+  T2P_CHECK_TYPE(x.is_float32() || x.is_bfloat16() || x.is_float16(), op,
+                 ": x must be float32, bfloat16 or float16, got ", x.dtype_text());
+  return {rows_of<const void>(op, "x", x), x.is_float32()    ? Dtype::kFloat32
+                                           : x.is_bfloat16() ? Dtype::kBfloat16
+                                                             : Dtype::kFloat16};
 }
 
 void check_codebook(const char* op, const TensorView& codebook, std::int64_t d) {
@@ -66,29 +80,35 @@ Metric metric_of(const char* op, std::string_view name) {
   return Metric::kCosine;
 }
 
+std::int64_t needed_workspace(std::int64_t n, std::int64_t k, std::int64_t d,
+                              std::string_view metric) {
+  return workspace_size(n, k, d, metric_of("vq_workspace_size", metric));
+}
+
 void nearest(const TensorView& x, const TensorView& codebook, std::string_view metric_name,
              const std::optional<TensorView>& packed, const TensorView& workspace,
              const TensorView& indices, const TensorView& distance, int threads) {
   constexpr const char* kOp = "vq_nearest";
   const Metric metric = metric_of(kOp, metric_name);
-  const auto from = rows<const float>(kOp, "x", x);
-  check_codebook(kOp, codebook, from.d);
+  T2P_CHECK(x.ndim() == 3, kOp, ": x must be [outer, d >= 1, inner], got ", x.shape_text());
+  const std::int64_t n = x.size(0) * x.size(2), d = x.size(1);
+  check_codebook(kOp, codebook, d);
   check_same_device(kOp, "codebook", codebook, "x", x);
-  const std::int64_t n = from.count(), k = codebook.size(0);
+  const std::int64_t k = codebook.size(0);
   const auto* codes = codebook.data<const float>();
   auto* index = array<std::int64_t>(kOp, "indices", indices, n);
   auto* to = array<float>(kOp, "distance", distance, n);
   if (x.on_cuda()) {
-    T2P_CHECK(metric == Metric::kL2, kOp, ": metric is '", metric_name,
-              "', on CUDA only 'l2' is there");
-    auto* work = array<float>(kOp, "workspace", workspace, workspace_size(n, k, from.d));
-    nearest_cuda(from, codes, k, x.device().id, current_stream(x), work, index, to);
+    const AnyRows from = any_rows(kOp, x);
+    auto* work = array<float>(kOp, "workspace", workspace, workspace_size(n, k, d, metric));
+    nearest_cuda(from, codes, k, metric, x.device().id, current_stream(x), work, index, to);
     return;
   }
+  const auto from = rows<const float>(kOp, "x", x);
   const std::uint8_t* bytes = nullptr;
   if (packed) {
-    bytes = bytes_of(kOp, *packed, packed_size(k, from.d));
-    T2P_CHECK(packed_for(bytes, k, from.d, metric), kOp,
+    bytes = bytes_of(kOp, *packed, packed_size(k, d));
+    T2P_CHECK(packed_for(bytes, k, d, metric), kOp,
               ": packed is not of a codebook [k, d] = ", codebook.shape_text(), " for metric '",
               metric_name, "', packed for the instruction set in use");
   }
@@ -145,13 +165,13 @@ void accumulate(const TensorView& x, const TensorView& indices, const TensorView
 void accumulate_sorted(const TensorView& x, const TensorView& order, const TensorView& begin,
                        const TensorView& counts, const TensorView& sums) {
   constexpr const char* kOp = "vq_accumulate";
-  const auto from = rows<const float>(kOp, "x", x);
+  const AnyRows from = any_rows(kOp, x);
   check_same_device(kOp, "indices", order, "x", x);
   const std::int64_t k = counts.count();
-  accumulate_cuda(from, array<const std::int64_t>(kOp, "order", order, from.count()),
+  accumulate_cuda(from, array<const std::int64_t>(kOp, "order", order, from.rows.count()),
                   array<const std::int64_t>(kOp, "begin", begin, k + 1), k, x.device().id,
                   current_stream(x), array<float>(kOp, "counts", counts, k),
-                  array<float>(kOp, "sums", sums, k * from.d));
+                  array<float>(kOp, "sums", sums, k * from.rows.d));
 }
 
 void total(const TensorView& distance, double scale, const TensorView& total) {
@@ -170,7 +190,8 @@ void total(const TensorView& distance, double scale, const TensorView& total) {
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("vq_workspace_size", &workspace_size, py::arg("n"), py::arg("k"), py::arg("d"));
+  m.def("vq_workspace_size", &needed_workspace, py::arg("n"), py::arg("k"), py::arg("d"),
+        py::arg("metric"));
   m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("metric"),
         py::arg("packed"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
         py::arg("threads"));

@@ -83,7 +83,7 @@ class BlockSearch {
         rows_(scratch),
         row_(rows_ + (block_rows(d_) + kTileRows) * stride_),
         group_(row_ + stride_),
-        bound_(d_),
+        bound_(d_, codebook.metric),
         largest_half_norm_(codebook.largest_half_norm) {}
 
   void run(std::int64_t count, double* distance, std::int64_t* indices) {

@@ -22,6 +22,13 @@ struct Rows {
   }
 };
 
+// What CUDA kernels read rows from; elements mean the numbers that they hold.
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+struct AnyRows {
+  Rows<const void> rows;
+  Dtype dtype;
+};
+
 // What "near" means: |x - c|^2, -x.c, or 1 - x.c / (|x| |c|), where a vector of length 0 is at a
 // right angle to all others.
 enum class Metric { kL2, kDot, kCosine };
@@ -29,7 +36,7 @@ enum class Metric { kL2, kDot, kCosine };
 // The nearest code. The index is that of the smallest distance in float64, the lowest one on ties,
 // and `distance` is that float64 distance rounded to float32. A row with a NaN or an infinity gets
 // index 0 and distance NaN. A code with one is never chosen unless there is no other; then the
-// index is 0 and the distance infinite. On CUDA the metric is kL2.
+// index is 0 and the distance infinite.
 void nearest_cpu(const Rows<const float>& x,
                  const float* codebook,  // [k, d]
                  std::int64_t k, Metric metric,
@@ -49,15 +56,15 @@ std::int64_t packed_size(std::int64_t k, std::int64_t d);
 // Whether packed[packed_size(k, d)] was made for such a codebook on this instruction set.
 bool packed_for(const std::uint8_t* packed, std::int64_t k, std::int64_t d, Metric metric);
 
-void nearest_cuda(const Rows<const float>& x,
+void nearest_cuda(const AnyRows& x,
                   const float* codebook,  // [k, d]
-                  std::int64_t k, int device, void* stream,
-                  float* workspace,       // [workspace_size(n, k, d)]
+                  std::int64_t k, Metric metric, int device, void* stream,
+                  float* workspace,       // [workspace_size(n, k, d, metric)]
                   std::int64_t* indices,  // [n]
                   float* distance);       // [n]
 
 // Floats of memory that nearest_cuda needs besides its arguments.
-std::int64_t workspace_size(std::int64_t n, std::int64_t k, std::int64_t d);
+std::int64_t workspace_size(std::int64_t n, std::int64_t k, std::int64_t d, Metric metric);
 
 // out[r] = codebook[indices[r]]. An index outside [0, k) throws std::out_of_range on the CPU and
 // gives a row of NaN on CUDA, where finding out would mean to wait for the device.
@@ -79,7 +86,7 @@ void accumulate_cpu(const Rows<const float>& x,
 
 // The same, from the rows sorted by index: those of code j are order[begin[j]], ...,
 // order[begin[j + 1] - 1].
-void accumulate_cuda(const Rows<const float>& x,
+void accumulate_cuda(const AnyRows& x,
                      const std::int64_t* order,  // [n]
                      const std::int64_t* begin,  // [k + 1]
                      std::int64_t k, int device, void* stream,

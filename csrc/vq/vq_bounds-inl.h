@@ -43,7 +43,7 @@ class CodeBounds {
         d_(static_cast<float>(codebook.d)),
         radius_(norm_bound(2 * coarse.largest_half_norm, codebook.d)),
         rounding_(norm_bound(coarse.largest_rounding, codebook.d)),
-        float_error_(codebook.d),
+        float_error_(codebook.d, codebook.metric),
         float_slope_(float_error_.slope(radius_)) {}
 
   T2P_INLINE void bound_rows(const Rounding& rows, float per_unit, std::int32_t code_zero,

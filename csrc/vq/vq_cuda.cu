@@ -1,17 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plain CUDA road: float32 in registers, any architecture. The method is that of vq-inl.h:
-//
-//   for each row x:  score[j] = |c_j - m|^2 / 2 - (x - m).(c_j - m)      float32, m = about mean(c)
-//                    limit    = min(score) + 2 E                         E bounds the rounding
-//                    index    = argmin over {j : score[j] <= limit} of |x - c_j|^2 in float64
-//
-// The scan keeps the best and the second best score of every row. Where the second is beyond the
-// limit the best is proven; the other rows, few, are searched again.
-//
-// nearest_cuda chooses between this road and the one through tensor cores, vq_cuda_mma.cu.
+// Which road a search takes on CUDA. All of them scan the codes in less than float64, prove most
+// indices by a bound on the rounding, and compare in float64 what is left.
 #include <cuda_runtime.h>
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
@@ -22,259 +13,72 @@ namespace {
 
 using std::int64_t;
 
-// The scan's tile: 64 rows by 128 codes by 16 channels, 4 x 8 scores in each of 256 threads.
-constexpr int kTileRows = 64, kTileCodes = 128, kTileChannels = 16;
-constexpr int kThreadsX = 16, kThreadsY = 16, kThreads = kThreadsX * kThreadsY;
-constexpr int kRowsPerThread = kTileRows / kThreadsY, kCodesPerThread = kTileCodes / kThreadsX;
+struct Road {
+  bool (*available)(int major);  // on the current device, of that compute capability
+  int64_t least_channels, most_channels, least_rows, least_codes;
+  int64_t least_work;  // n k d
+  int64_t (*workspace_size)(int64_t n, const Codes& codes);
+  void (*nearest)(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                  float* workspace, int64_t* indices, float* distance);
 
-struct Best {
-  float score, second;
-  int index;
-
-  __device__ void offer(float other, int other_index) {
-    const bool better = other < score;
-    second = better ? score : fminf(second, other);
-    index = better ? other_index : index;
-    score = better ? other : score;
-  }
-  __device__ void merge(const Best& other) {
-    const bool better = other.score < score || (other.score == score && other.index < index);
-    second = fminf(fminf(second, other.second), better ? score : other.score);
-    index = better ? other.index : index;
-    score = better ? other.score : score;
+  bool fits(int64_t n, const Codes& codes) const {
+    return codes.d >= least_channels && codes.d <= most_channels && n >= least_rows &&
+           codes.k >= least_codes && n * codes.k * codes.d >= least_work;
   }
 };
 
-// Row blocks alone may not fill the device: then the codes are split as well.
-int64_t split_count(int64_t n, int64_t k) {
-  constexpr int64_t kBlocksWanted = 512;
-  const int64_t blocks = (n + kTileRows - 1) / kTileRows;
-  const int64_t tiles = (k + kTileCodes - 1) / kTileCodes;
-  const int64_t splits = kBlocksWanted / (blocks > 0 ? blocks : 1);
-  return splits < 1 ? 1 : (splits < tiles ? splits : tiles);
-}
+bool always(int) { return true; }
+bool since_ampere(int major) { return major >= 8; }
+bool on_hopper(int major) { return major == 9 && hopper_is_built(); }
 
-// One warp per code.
-__global__ void norms_kernel(Prepared codes) {
-  const int64_t d = codes.d;
-  const int64_t j = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
-  if (j >= codes.k) return;
-  float squares = 0;
-  bool finite = true;
-  for (int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) {
-    const float c = codes.codebook[j * d + t];
-    const float centred = c - codes.center[t];
-    finite = finite && isfinite(c);
-    squares = fmaf(centred, centred, squares);
-  }
-  finite = __all_sync(kAllLanes, finite);
-  const float half = 0.5f * warp_sum(squares);
-  if (threadIdx.x % kWarp != 0) return;
-  // A code with a NaN or an infinity: an infinite score, and no part in the error bound. A finite
-  // one whose norm overflows makes the bound infinite, so that float64 decides.
-  codes.half_norms[j] = finite && isfinite(half) ? half : infinity();
-  if (finite)
-    atomicMax(codes.largest_half_norm, __float_as_int(isfinite(half) ? half : infinity()));
-}
-
-// Copies a [kCount, kTileChannels] part of centred vectors to shared memory, transposed.
-// Consecutive threads read along whichever of the two directions is contiguous.
-template <int kCount>
-__device__ void load_tile(float (*tile)[kCount + 4], const float* const* vectors, int64_t stride,
-                          const float* center, int64_t first, int64_t d, bool channels_contiguous) {
-  for (int e = threadIdx.x; e < kCount * kTileChannels; e += kThreads) {
-    const int t = channels_contiguous ? e % kTileChannels : e / kCount;
-    const int i = channels_contiguous ? e / kTileChannels : e % kCount;
-    const int64_t channel = first + t;
-    const float* vector = vectors[i];
-    tile[t][i] = vector && channel < d ? vector[channel * stride] - center[channel] : 0.0f;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads, 2)
-    scan_kernel(Rows<const float> x, Prepared codes, int64_t tiles_per_split,
-                Best* __restrict__ best_of_splits) {
-  __shared__ float row_tile[kTileChannels][kTileRows + 4];
-  __shared__ float code_tile[kTileChannels][kTileCodes + 4];
-  __shared__ const float* row_pointers[kTileRows];
-  __shared__ const float* code_pointers[kTileCodes];
-
-  const int tx = threadIdx.x % kThreadsX, ty = threadIdx.x / kThreadsX;
-  const int64_t n = x.outer * x.inner, d = codes.d, k = codes.k;
-  const int64_t first_row = blockIdx.x * int64_t{kTileRows};
-  for (int i = threadIdx.x; i < kTileRows; i += kThreads) {
-    const int64_t r = first_row + i;
-    row_pointers[i] = r < n ? row_pointer(x, r) : nullptr;
-  }
-
-  Best best[kRowsPerThread];
-  for (Best& b : best) b = {infinity(), infinity(), 0};
-
-  const int64_t first_code = blockIdx.y * tiles_per_split * kTileCodes;
-  const int64_t last_code = min(k, first_code + tiles_per_split * kTileCodes);
-  for (int64_t code = first_code; code < last_code; code += kTileCodes) {
-    for (int i = threadIdx.x; i < kTileCodes; i += kThreads) {
-      // A code of infinite norm never wins, and must not turn its neighbours' sums into NaN.
-      const bool usable = code + i < k && codes.half_norms[code + i] < infinity();
-      code_pointers[i] = usable ? codes.codebook + (code + i) * d : nullptr;
-    }
-    float products[kRowsPerThread][kCodesPerThread] = {};
-    for (int64_t t = 0; t < d; t += kTileChannels) {
-      __syncthreads();
-      load_tile<kTileRows>(row_tile, row_pointers, x.channel_stride, codes.center, t, d,
-                           x.channel_stride == 1);
-      load_tile<kTileCodes>(code_tile, code_pointers, 1, codes.center, t, d, true);
-      __syncthreads();
-#pragma unroll
-      for (int u = 0; u < kTileChannels; ++u) {
-        float row[kRowsPerThread], column[kCodesPerThread];
-#pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) row[i] = row_tile[u][ty + i * kThreadsY];
-#pragma unroll
-        for (int j = 0; j < kCodesPerThread; ++j) column[j] = code_tile[u][tx + j * kThreadsX];
-#pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-          for (int j = 0; j < kCodesPerThread; ++j) {
-            products[i][j] = fmaf(row[i], column[j], products[i][j]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kCodesPerThread; ++j) {
-      const int64_t index = code + tx + j * kThreadsX;
-      const float half_norm = index < k ? codes.half_norms[index] : infinity();
-#pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        best[i].offer(half_norm - products[i][j], static_cast<int>(index));
-      }
-    }
-    __syncthreads();
-  }
-
-#pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
-    for (int step = kThreadsX / 2; step > 0; step /= 2) {
-      best[i].merge({__shfl_xor_sync(kAllLanes, best[i].score, step),
-                     __shfl_xor_sync(kAllLanes, best[i].second, step),
-                     __shfl_xor_sync(kAllLanes, best[i].index, step)});
-    }
-    const int64_t r = first_row + ty + i * kThreadsY;
-    if (tx == 0 && r < n) best_of_splits[blockIdx.y * n + r] = best[i];
-  }
-}
-
-// One warp per row: joins the splits, and notes the row if its best is not proven.
-__global__ void resolve_kernel(Rows<const float> x, Prepared codes, int splits,
-                               const Best* __restrict__ best_of_splits,
-                               int64_t* __restrict__ indices, float* __restrict__ distance) {
-  const int64_t n = x.outer * x.inner, d = codes.d;
-  const int64_t r = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  if (r >= n) return;
-  const float* row = row_pointer(x, r);
-
-  float squares = 0;
-  bool finite = true;
-  for (int64_t t = lane; t < d; t += kWarp) {
-    const float value = row[t * x.channel_stride];
-    const float centred = value - codes.center[t];
-    finite = finite && isfinite(value);
-    squares = fmaf(centred, centred, squares);
-  }
-  if (!__all_sync(kAllLanes, finite)) {
-    if (lane == 0) {
-      indices[r] = 0;
-      distance[r] = not_a_number();
-    }
-    return;
-  }
-  Best best = best_of_splits[r];
-  for (int s = 1; s < splits; ++s) best.merge(best_of_splits[s * n + r]);
-  const float radius = norm_bound(2 * __int_as_float(*codes.largest_half_norm), d);
-  const float limit = best.score + twice_error_bound(norm_bound(warp_sum(squares), d), radius, d);
-  if (!(limit < infinity() && best.second > limit)) {
-    if (lane == 0) leave_undecided(codes, r);
-    return;
-  }
-  const double exact = warp_distance(row, x.channel_stride, codes.codebook + best.index * d, d);
-  if (lane == 0) {
-    indices[r] = best.index;
-    distance[r] = static_cast<float>(exact);
-  }
-}
-
-struct Workspace {
-  Prepared codes;
-  Best* best;  // [splits, n]
-  int64_t floats;
+// The first that fits is taken. The thresholds are reasoned, not yet measured on a GPU:
+//
+// - Tensor cores score a code in bfloat16 in about 2 instructions of a thread, whatever d; float32
+//   wants d + 1.5 of them. But bfloat16 leaves more codes to compare, the more the fewer channels
+//   there are, and needs a launch more: below 2^24 products either is a matter of launches.
+// - Hopper's own tensor cores have the rows of a block in shared memory, up to 384 channels.
+// - Few rows leave little to share of what a codebook's rounding costs, few codes little to scan.
+// - The road for few channels has them all in registers, which ends at 32.
+const Road kRoads[] = {
+    {on_hopper, 33, 384, 16, 128, 1 << 19, workspace_size_hopper, nearest_hopper},
+    {on_hopper, 17, 32, 256, 128, 1 << 24, workspace_size_hopper, nearest_hopper},
+    {since_ampere, 33, 8192, 16, 128, 1 << 19, workspace_size_mma, nearest_mma},
+    {since_ampere, 17, 32, 256, 128, 1 << 24, workspace_size_mma, nearest_mma},
+    {always, 1, 32, 1, 1, 0, workspace_size_small, nearest_small},
+    {always, 1, INT64_MAX, 1, 1, 0, workspace_size_plain, nearest_plain},
 };
 
-Workspace carve(float* base, const float* codebook, int64_t n, int64_t k, int64_t d) {
-  Carver carver(base);
-  Workspace w;
-  w.codes = carver.take_prepared(codebook, k, d, n);
-  w.best = carver.take<Best>(split_count(n, k) * n);
-  w.floats = carver.floats();
-  return w;
+const Road& choose(int64_t n, const Codes& codes, int major) {
+  const Road* road = kRoads;
+  while (!road->fits(n, codes) || !road->available(major)) ++road;
+  return *road;
 }
-
-void nearest_plain(const Rows<const float>& x, const float* codebook, int64_t k, cudaStream_t s,
-                   float* workspace, int64_t* indices, float* distance) {
-  const int64_t n = x.count();
-  const Workspace w = carve(workspace, codebook, n, k, x.d);
-  const int64_t tiles = (k + kTileCodes - 1) / kTileCodes, splits = split_count(n, k);
-  const int64_t tiles_per_split = (tiles + splits - 1) / splits;
-  const int64_t used_splits = (tiles + tiles_per_split - 1) / tiles_per_split;
-
-  launch_center(w.codes, s);
-  norms_kernel<<<blocks_for(k * kWarp, 256), 256, 0, s>>>(w.codes);
-  const dim3 grid(blocks_for(n, kTileRows), static_cast<unsigned>(used_splits));
-  scan_kernel<<<grid, kThreads, 0, s>>>(x, w.codes, tiles_per_split, w.best);
-  resolve_kernel<<<blocks_for(n * kWarp, 256), 256, 0, s>>>(
-      x, w.codes, static_cast<int>(used_splits), w.best, indices, distance);
-  launch_search(x, w.codes, n, s, indices, distance);
-}
-
-// Where the tensor cores' road is taken. These thresholds are reasoned, not yet measured on a GPU:
-// few channels leave a product of matrices little to do beside the look at its results, few rows
-// little of a codebook's rounding to share, and small searches cost their launches on either road.
-struct TensorCores {
-  int major = 8;
-  int64_t channels = 32, most_channels = 8192;
-  int64_t rows = 16, codes = 128;
-  int64_t scores = 1 << 14;
-
-  bool pay(int64_t n, int64_t k, int64_t d) const {
-    return d >= channels && d <= most_channels && n >= rows && k >= codes && n * k >= scores;
-  }
-};
-constexpr TensorCores kTensorCores;
 
 }  // namespace
 
-int64_t workspace_size(int64_t n, int64_t k, int64_t d) {
-  // Of which device is not known here.
-  const int64_t plain = carve(nullptr, nullptr, n, k, d).floats;
-  const int64_t mma = kTensorCores.pay(n, k, d) ? workspace_size_mma(n, k, d) : 0;
-  return plain > mma ? plain : mma;
+int64_t workspace_size(int64_t n, int64_t k, int64_t d, Metric metric) {
+  const Codes codes{nullptr, k, d, metric};
+  int64_t most = 0;  // of which device is not known here
+  for (const Road& road : kRoads) {
+    if (!road.fits(n, codes)) continue;
+    const int64_t size = road.workspace_size(n, codes);
+    most = size > most ? size : most;
+    if (road.available == always) break;
+  }
+  return most;
 }
 
-void nearest_cuda(const Rows<const float>& x, const float* codebook, int64_t k, int device,
+void nearest_cuda(const AnyRows& x, const float* codebook, int64_t k, Metric metric, int device,
                   void* stream, float* workspace, int64_t* indices, float* distance) {
   constexpr const char* kOp = "vq_nearest";
-  const int64_t n = x.count();
+  const int64_t n = x.rows.count();
   if (n == 0) return;
   const DeviceGuard guard(device, kOp);
-  const auto s = static_cast<cudaStream_t>(stream);
+  const Codes codes{codebook, k, x.rows.d, metric};
   int major = 0;
   cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  if (major >= kTensorCores.major && kTensorCores.pay(n, k, x.d)) {
-    nearest_mma(x, codebook, k, device, s, workspace, indices, distance);
-  } else {
-    nearest_plain(x, codebook, k, s, workspace, indices, distance);
-  }
+  choose(n, codes, major)
+      .nearest(x, codes, device, static_cast<cudaStream_t>(stream), workspace, indices, distance);
   check_launch(kOp);
 }
 

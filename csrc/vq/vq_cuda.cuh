@@ -8,7 +8,9 @@
 
 #include <cfloat>
 #include <cstdint>
+#include <type_traits>
 
+#include "common/half.cuh"
 #include "vq/vq.h"
 
 namespace t2p::vq {
@@ -16,17 +18,32 @@ namespace t2p::vq {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A codebook and what is prepared of it, in the workspace.
-struct Prepared {
+// A codebook as it came.
+struct Codes {
   const float* codebook;  // [k, d]
   std::int64_t k, d;
-  float* center;      // [d], about the mean code m
-  float* half_norms;  // [k], |c - m|^2 / 2; infinite for a code that is not finite
+  Metric metric;
+};
+
+// A codebook and what is prepared of it, in the workspace. As on the CPU, rows and codes are scored
+// by |c|^2 / 2 - x.c, or without the norms by -x.c. That orders codes as their distances do, for
+// kCosine with codes of length 1. Subtracting a vector m from all codes changes no order, if for
+// kL2 it is subtracted from the rows as well.
+struct Prepared {
+  Metric metric;
+  const float* codebook;  // [k, d], as it came
+  std::int64_t k, d;
+  float* directions;  // [k, d] for kCosine: of length 1, in float64 and then rounded; else null
+  float* center;      // [d], m: about the mean of the codes as they are scored
+  float* row_center;  // [d], m for kL2, else 0
+  float* half_norms;  // [k], |c - m|^2 / 2 for kL2, else 0; infinite for a code that is not finite
   // Two floats >= 0 by their bits, which order as integers do.
-  int* largest_half_norm;   // [1], infinite if a finite code's is
+  int* largest_half_norm;   // [1], of all |c - m|^2 / 2; infinite if a finite code's is
   int* largest_rounding;    // [1], of all |(c - m) - its bfloat16|^2
   int* undecided_count;     // [1]
   std::int64_t* undecided;  // rows, in any order
+
+  __host__ __device__ const float* scored() const { return directions ? directions : codebook; }
 };
 
 // Hands out parts of the workspace, each on a 16-byte boundary; without one it only counts.
@@ -40,12 +57,17 @@ class Carver {
     used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 15) / 16 * 4;
     return reinterpret_cast<T*>(at);
   }
-  Prepared take_prepared(const float* codebook, std::int64_t k, std::int64_t d, std::int64_t rows) {
-    return {codebook,
-            k,
+  // For so many rows, and half norms for so many codes.
+  Prepared take_prepared(const Codes& codes, std::int64_t padded_codes, std::int64_t rows) {
+    const std::int64_t d = codes.d;
+    return {codes.metric,
+            codes.codebook,
+            codes.k,
             d,
+            codes.metric == Metric::kCosine ? take<float>(codes.k * d) : nullptr,
             take<float>(d),
-            take<float>(k),
+            take<float>(d),
+            take<float>(padded_codes),
             take<int>(1),
             take<int>(1),
             take<int>(1),
@@ -58,17 +80,31 @@ class Carver {
   std::int64_t used_ = 0;
 };
 
-// Writes center, and zeros to the maxima and to the count of undecided rows.
+// Writes the directions, both centres, and zeros to the maxima and to the count of undecided rows.
 void launch_center(const Prepared& codes, cudaStream_t stream);
 
 // The nearest codes of at most `most` undecided rows by float64 distance, whatever the data.
-void launch_search(const Rows<const float>& x, const Prepared& codes, std::int64_t most,
-                   cudaStream_t stream, std::int64_t* indices, float* distance);
+void launch_search(const AnyRows& x, const Prepared& codes, std::int64_t most, cudaStream_t stream,
+                   std::int64_t* indices, float* distance);
 
-// The road through tensor cores, vq_cuda_mma.cu: compute capability 8.0 and newer.
-std::int64_t workspace_size_mma(std::int64_t n, std::int64_t k, std::int64_t d);
-void nearest_mma(const Rows<const float>& x, const float* codebook, std::int64_t k, int device,
-                 cudaStream_t stream, float* workspace, std::int64_t* indices, float* distance);
+// The roads, each with the floats of workspace that it wants.
+std::int64_t workspace_size_plain(std::int64_t n, const Codes& codes);
+void nearest_plain(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                   float* workspace, std::int64_t* indices, float* distance);
+
+std::int64_t workspace_size_small(std::int64_t n, const Codes& codes);
+void nearest_small(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                   float* workspace, std::int64_t* indices, float* distance);
+
+std::int64_t workspace_size_mma(std::int64_t n, const Codes& codes);
+void nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                 float* workspace, std::int64_t* indices, float* distance);
+
+// The road through Hopper's tensor cores, vq_cuda_hopper.cu; whether it was built.
+bool hopper_is_built();
+std::int64_t workspace_size_hopper(std::int64_t n, const Codes& codes);
+void nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                    float* workspace, std::int64_t* indices, float* distance);
 
 inline unsigned blocks_for(std::int64_t threads, std::int64_t block) {
   return static_cast<unsigned>((threads + block - 1) / block);
@@ -94,27 +130,77 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// Bound on 2 |s - S| and on a norm from its computed square, as in vq-inl.h.
-__device__ inline float twice_error_bound(float x, float radius, std::int64_t d) {
-  const float steps = static_cast<float>(d + 16);
-  const float relative = steps * 0x1p-24f;
-  if (relative > 0.25f) return infinity();
-  return 2.1f / (1 - relative) * relative * (radius * (x + radius)) +
-         4 * steps * FLT_MIN * (1 + x + radius);
+// Calls `f` with the rows as those of their type.
+template <class F>
+void with_rows(const AnyRows& x, F&& f) {
+  const auto& r = x.rows;
+  const auto call = [&](auto* data) {
+    f(Rows<std::remove_pointer_t<decltype(data)>>{data, r.outer, r.d, r.inner, r.outer_stride,
+                                                  r.channel_stride, r.inner_stride});
+  };
+  switch (x.dtype) {
+    case Dtype::kFloat32:
+      return call(static_cast<const float*>(r.data));
+    case Dtype::kBfloat16:
+      return call(static_cast<const __nv_bfloat16*>(r.data));
+    case Dtype::kFloat16:
+      return call(static_cast<const __half*>(r.data));
+  }
 }
+
 __device__ inline float norm_bound(float squares, std::int64_t d) {
   return 1.001f * sqrtf(squares + static_cast<float>(d) * FLT_MIN);
 }
 
-// |x - c|^2 in float64, by a warp.
-__device__ inline double warp_distance(const float* row, std::int64_t channel_stride,
-                                       const float* code, std::int64_t d) {
-  double sum = 0;
-  for (std::int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) {
-    const double difference = static_cast<double>(row[t * channel_stride]) - code[t];
-    sum = fma(difference, difference, sum);
+// Bound on 2 |s - S| for a row of norm `x`, centred for kL2, and codes of norm at most `radius`, as
+// in vq_panel-inl.h. Directions are rounded besides, each channel by 2^-24 of itself.
+__device__ inline float twice_error_bound(Metric metric, float x, float radius, std::int64_t d) {
+  const float steps = static_cast<float>(d + 16);
+  const float relative = steps * 0x1p-24f;
+  const float reach = metric == Metric::kL2 ? x + radius : x;
+  if (relative > 0.25f || !(radius * reach < 1e38f)) return infinity();  // sums might overflow
+  const float turned = metric == Metric::kCosine ? 2.05f * 0x1p-24f * x : 0.0f;
+  return 2.1f / (1 - relative) * relative * (radius * reach) + turned +
+         4 * steps * FLT_MIN * (1 + x + radius);
+}
+
+// What codes are compared by in float64, by a warp: |x - c|^2, -x.c or -x.c / |c|. Infinite for a
+// code that is not finite, which sums of finite numbers never are.
+template <class T>
+__device__ double warp_distance(const Prepared& codes, const T* row, std::int64_t channel_stride,
+                                std::int64_t code) {
+  const float* c = codes.codebook + code * codes.d;
+  double sum = 0, squares = 0;
+  if (codes.metric == Metric::kL2) {
+    for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
+      const double difference = static_cast<double>(to_float(row[t * channel_stride])) - c[t];
+      sum = fma(difference, difference, sum);
+    }
+    sum = warp_sum(sum);
+  } else {
+    for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
+      sum = fma(static_cast<double>(to_float(row[t * channel_stride])), static_cast<double>(c[t]),
+                sum);
+      squares = fma(static_cast<double>(c[t]), static_cast<double>(c[t]), squares);
+    }
+    sum = -warp_sum(sum);
+    // A code of length 0 has the product 0.
+    if (codes.metric == Metric::kCosine) sum /= fmax(sqrt(warp_sum(squares)), 1e-300);
   }
-  return warp_sum(sum);
+  return isfinite(sum) ? sum : infinity();
+}
+
+// The distance of a row from what its nearest code was chosen by.
+template <class T>
+__device__ float warp_result(const Prepared& codes, const T* row, std::int64_t channel_stride,
+                             double compared) {
+  if (codes.metric != Metric::kCosine) return static_cast<float>(compared);
+  double squares = 0;
+  for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
+    const double value = to_float(row[t * channel_stride]);
+    squares = fma(value, value, squares);
+  }
+  return static_cast<float>(1 + compared / fmax(sqrt(warp_sum(squares)), 1e-300));
 }
 
 // The nearest of the codes offered, the lowest one on ties, in any order.

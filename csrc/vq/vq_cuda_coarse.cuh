@@ -3,10 +3,9 @@
 // score that of the nearest code may be, for scores y'.c' - |c'|^2 / 2 in bfloat16. The two bounds
 // are those of vq_bounds-inl.h, and the smaller holds:
 //
-// - Scores are off by at most E = |y - y'| |c| + |y'| |c - c'| + (|c|^2 - |c'|^2) / 2, so the
-// nearest
-//   code's is at most 2E below that of any other.
-// - |y - c| and |y' - c'| differ by at most e = |y - y'| + |c - c'|. A code of score S has
+// - Scores are off by at most E = |y - y'| |c| + |y'| |c - c'| + (|c|^2 - |c'|^2) / 2: that of the
+//   nearest code is at most 2E below that of any other.
+// - For kL2, |y - c| and |y' - c'| differ by at most e = |y - y'| + |c - c'|. A code of score S has
 //   |y' - c'| = D = sqrt(|y'|^2 - 2 S), the nearest then at most D + 2e: its score is at most
 //   2eD + 2e^2 below S. That is little where rows are near to their codes.
 //
@@ -44,13 +43,30 @@ struct List {
   int count;   // beyond kCapacity: the row is given up
 };
 
-// Rows and codes are [chunks, vectors, kChunk], so that what a block loads of a chunk is
-// contiguous. Vectors, and channels, are filled up with zeros.
-constexpr int kChunk = 32;
+// Rows or codes are [tiles, chunks, vectors of a tile, channels of a chunk], so that what a block
+// loads of a chunk is contiguous. Vectors, and channels, are filled up with zeros. Swizzled, vector
+// v has its piece p of 8 channels at place p ^ v % 8: as wgmma finds it with its swizzle of 128
+// bytes.
+struct Packing {
+  std::int64_t chunks, tile;
+  int chunk;  // channels; 64 if swizzled
+  bool swizzled;
+
+  __device__ std::int64_t at(std::int64_t vector, std::int64_t channel) const {
+    const std::int64_t in_tile = vector % tile;
+    const int in_chunk = static_cast<int>(channel % chunk);
+    const int piece = in_chunk / 8 ^ (swizzled ? static_cast<int>(in_tile % 8) : 0);
+    return ((vector / tile * chunks + channel / chunk) * tile + in_tile) * chunk + piece * 8 +
+           in_chunk % 8;
+  }
+};
 struct Coarse {
-  std::int64_t chunks, padded_rows, padded_codes;
+  std::int64_t padded_rows, padded_codes;
+  int last_steps;  // of 16 channels, in the last chunk
+  Packing row_packing, code_packing;
   __nv_bfloat16 *rows, *codes;
-  float* bias;            // [padded_codes], -|c'|^2 / 2; -inf for what is no code or not finite
+  float* bias;            // [padded_codes], -|c'|^2 / 2 for kL2, else 0; -inf for what is no code
+                          // or not finite
   RowBounds* bounds;      // [padded_rows]
   List* lists;            // [lists, padded_rows]
   Candidate* candidates;  // [lists, padded_rows, kCapacity]
@@ -59,12 +75,30 @@ struct Coarse {
 void launch_round_codes(const Prepared& codes, const Coarse& coarse, cudaStream_t stream);
 
 // Of the rows [first, first + count); none is undecided afterwards.
-void launch_round_rows(const Rows<const float>& x, std::int64_t first, std::int64_t count,
+void launch_round_rows(const AnyRows& x, std::int64_t first, std::int64_t count,
                        const Prepared& codes, const Coarse& coarse, cudaStream_t stream);
 
-__device__ inline RowBounds bound_row(float squares, float near_squares, float off_squares,
-                                      float largest_half_norm, float largest_rounding,
-                                      std::int64_t d) {
+// A road through tensor cores: the sizes of its blocks, and its product.
+struct CoarseRoad {
+  int block_rows, block_codes, chunk;
+  bool swizzled;
+  int lists_of_split;
+  std::int64_t (*splits)(std::int64_t rows, std::int64_t k);
+  void (*launch)(const Coarse& coarse, std::int64_t row_blocks, std::int64_t tiles_per_split,
+                 std::int64_t splits, int device, cudaStream_t stream);
+};
+
+// Rows whose workspace is there at a time: 4 blocks for each of 132 multiprocessors.
+constexpr std::int64_t kSlabRows = 528 * 256;
+
+std::int64_t workspace_size_coarse(std::int64_t n, const Codes& codes, const CoarseRoad& road);
+void nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,
+                    cudaStream_t stream, float* workspace, std::int64_t* indices, float* distance);
+
+__device__ inline RowBounds bound_row(Metric metric, float squares, float near_squares,
+                                      float off_squares, float largest_half_norm,
+                                      float largest_rounding, std::int64_t d) {
+  const bool l2 = metric == Metric::kL2;
   const float radius = norm_bound(2 * largest_half_norm, d);
   const float rounding = norm_bound(largest_rounding, d);
   const float off = norm_bound(off_squares, d), norm = norm_bound(squares, d) + off;
@@ -72,15 +106,16 @@ __device__ inline RowBounds bound_row(float squares, float near_squares, float o
   // Of float32: once for what centring does to scores, as in vq-inl.h. Tensor cores add 16 products
   // to a sum and may truncate each of the 17 to 24 bits of the largest, no sum being more than
   // code_norm (norm + code_norm): in d / 16 of them that is less than 2.2 of such bounds.
-  const float rounded = 4 * twice_error_bound(norm, code_norm, d);
-  const float margin = 2.02f * (off * radius + norm * rounding + rounding * code_norm) + rounded;
+  const float rounded = 4 * twice_error_bound(metric, norm, code_norm, d);
+  const float margin =
+      2.02f * (off * radius + norm * rounding + (l2 ? rounding * code_norm : 0.0f)) + rounded;
   // Centring moves rows and codes by 2^-24 of their norms.
   const float moved = off + rounding + 0x1p-21f * (norm + radius);
   RowBounds bounds;
   bounds.margin = margin < 1e37f && code_norm * (norm + code_norm) < 1e37f ? margin : -1.0f;
   bounds.half_norm = 0.5f * near_squares * (1 + static_cast<float>(d + 32) * 0x1p-23f) + rounded;
-  bounds.slope = 2.86f * moved;
-  bounds.offset = 2.02f * moved * moved + rounded;
+  bounds.slope = l2 ? 2.86f * moved : 0.0f;
+  bounds.offset = l2 ? 2.02f * moved * moved + rounded : infinity();
   return bounds;
 }
 

@@ -15,24 +15,46 @@ using std::int64_t;
 constexpr int kSearchThreads = 256, kSearchWarps = kSearchThreads / kWarp;
 constexpr int kCodesAtOnce = 4;  // of one warp, so that it waits for memory less often
 
-// The mean of up to 256 codes, as in vq.cpp.
+// One warp per code: its direction.
+__global__ void directions_kernel(Prepared codes) {
+  const int64_t d = codes.d;
+  const int64_t j = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
+  if (j >= codes.k) return;
+  const float* code = codes.codebook + j * d;
+  double squares = 0;
+  for (int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) {
+    squares = fma(static_cast<double>(code[t]), static_cast<double>(code[t]), squares);
+  }
+  const double norm = fmax(sqrt(warp_sum(squares)), 1e-300);  // a code of length 0 stays
+  for (int64_t t = threadIdx.x % kWarp; t < d; t += kWarp) {
+    codes.directions[j * d + t] = static_cast<float>(code[t] / norm);
+  }
+}
+
+// The mean of up to 256 codes, one warp per channel.
 __global__ void center_kernel(Prepared codes) {
-  const int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (t == 0) *codes.largest_half_norm = *codes.largest_rounding = *codes.undecided_count = 0;
+  const int64_t t = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
+  const int lane = threadIdx.x % kWarp;
   if (t >= codes.d) return;
+  if (t == 0 && lane == 0) {
+    *codes.largest_half_norm = *codes.largest_rounding = *codes.undecided_count = 0;
+  }
   const int64_t samples = codes.k < 256 ? codes.k : 256;
   double sum = 0;
-  for (int64_t s = 0; s < samples; ++s) {
-    sum += codes.codebook[s * codes.k / samples * codes.d + t];
+  for (int64_t s = lane; s < samples; s += kWarp) {
+    sum += codes.scored()[s * codes.k / samples * codes.d + t];
   }
-  const float mean = static_cast<float>(sum / static_cast<double>(samples));
+  const float mean = static_cast<float>(warp_sum(sum) / static_cast<double>(samples));
+  if (lane != 0) return;
   codes.center[t] = isfinite(mean) ? mean : 0.0f;
+  codes.row_center[t] = isfinite(mean) && codes.metric == Metric::kL2 ? mean : 0.0f;
 }
 
 // One block per row, which is finite. A warp compares in float64 the codes whose float32 scores are
 // not proven to be above that of another.
+template <class T>
 __global__ void __launch_bounds__(kSearchThreads)
-    search_kernel(Rows<const float> x, Prepared codes, int64_t* __restrict__ indices,
+    search_kernel(Rows<const T> x, Prepared codes, int64_t* __restrict__ indices,
                   float* __restrict__ distance) {
   __shared__ Nearest found[kSearchWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -40,23 +62,25 @@ __global__ void __launch_bounds__(kSearchThreads)
   const float radius = norm_bound(2 * __int_as_float(*codes.largest_half_norm), d);
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t r = codes.undecided[i];
-    const float* row = row_pointer(x, r);
+    const T* row = row_pointer(x, r);
     float squares = 0;
     for (int64_t t = lane; t < d; t += kWarp) {
-      const float centred = row[t * x.channel_stride] - codes.center[t];
+      const float centred = to_float(row[t * x.channel_stride]) - codes.row_center[t];
       squares = fmaf(centred, centred, squares);
     }
-    const float margin = twice_error_bound(norm_bound(warp_sum(squares), d), radius, d);
+    const float margin =
+        twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
     float limit = infinity();
     Nearest nearest{infinity(), 0};
     for (int64_t j = warp * kCodesAtOnce; j < k; j += kSearchWarps * kCodesAtOnce) {
       float products[kCodesAtOnce] = {};
       for (int64_t t = lane; t < d; t += kWarp) {
-        const float center = codes.center[t], value = row[t * x.channel_stride] - center;
+        const float center = codes.center[t];
+        const float value = to_float(row[t * x.channel_stride]) - codes.row_center[t];
 #pragma unroll
         for (int u = 0; u < kCodesAtOnce; ++u) {
           const int64_t code = min(j + u, k - 1);
-          products[u] = fmaf(value, codes.codebook[code * d + t] - center, products[u]);
+          products[u] = fmaf(value, codes.scored()[code * d + t] - center, products[u]);
         }
       }
 #pragma unroll
@@ -65,17 +89,20 @@ __global__ void __launch_bounds__(kSearchThreads)
         const float score = codes.half_norms[code] - warp_sum(products[u]);
         if (score > limit) continue;
         limit = fminf(limit, score + margin);
-        const double exact = warp_distance(row, x.channel_stride, codes.codebook + code * d, d);
+        const double exact = warp_distance(codes, row, x.channel_stride, code);
         // Not `offer`: with nothing finite the index stays 0.
         if (exact < nearest.distance) nearest = {exact, code};
       }
     }
     if (lane == 0) found[warp] = nearest;
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
       for (int w = 1; w < kSearchWarps; ++w) nearest.offer(found[w].distance, found[w].index);
-      indices[r] = nearest.index;
-      distance[r] = static_cast<float>(nearest.distance);
+      const float result = warp_result(codes, row, x.channel_stride, nearest.distance);
+      if (lane == 0) {
+        indices[r] = nearest.index;
+        distance[r] = result;
+      }
     }
     __syncthreads();
   }
@@ -84,15 +111,20 @@ __global__ void __launch_bounds__(kSearchThreads)
 }  // namespace
 
 void launch_center(const Prepared& codes, cudaStream_t stream) {
-  center_kernel<<<blocks_for(codes.d, 128), 128, 0, stream>>>(codes);
+  if (codes.metric == Metric::kCosine) {
+    directions_kernel<<<blocks_for(codes.k * kWarp, 256), 256, 0, stream>>>(codes);
+  }
+  center_kernel<<<blocks_for(codes.d * kWarp, 128), 128, 0, stream>>>(codes);
 }
 
-void launch_search(const Rows<const float>& x, const Prepared& codes, int64_t most,
-                   cudaStream_t stream, int64_t* indices, float* distance) {
+void launch_search(const AnyRows& x, const Prepared& codes, int64_t most, cudaStream_t stream,
+                   int64_t* indices, float* distance) {
   // How many rows there are is known on the device alone: enough blocks to fill it.
   constexpr int64_t kBlocks = 512;
   const auto blocks = static_cast<unsigned>(most < kBlocks ? most : kBlocks);
-  search_kernel<<<blocks, kSearchThreads, 0, stream>>>(x, codes, indices, distance);
+  with_rows(x, [&](const auto& rows) {
+    search_kernel<<<blocks, kSearchThreads, 0, stream>>>(rows, codes, indices, distance);
+  });
 }
 
 }  // namespace t2p::vq

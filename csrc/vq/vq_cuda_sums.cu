@@ -32,7 +32,8 @@ __global__ void lookup_kernel(const int64_t* __restrict__ indices,
 }
 
 // One block per code, one thread per channel; the rows of a code are added in their order.
-__global__ void accumulate_kernel(Rows<const float> x, const int64_t* __restrict__ order,
+template <class T>
+__global__ void accumulate_kernel(Rows<const T> x, const int64_t* __restrict__ order,
                                   const int64_t* __restrict__ begin, int64_t k,
                                   float* __restrict__ counts, float* __restrict__ sums) {
   for (int64_t j = blockIdx.x; j < k; j += gridDim.x) {
@@ -40,8 +41,7 @@ __global__ void accumulate_kernel(Rows<const float> x, const int64_t* __restrict
     for (int64_t t = threadIdx.x; t < x.d; t += blockDim.x) {
       double sum = 0;
       for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
-        sum += x.data[row_offset(order[i], x.inner, x.outer_stride, x.inner_stride) +
-                      t * x.channel_stride];
+        sum += to_float(row_pointer(x, order[i])[t * x.channel_stride]);
       }
       sums[j * x.d + t] = static_cast<float>(sum);
     }
@@ -74,12 +74,14 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
   check_launch("vq_lookup");
 }
 
-void accumulate_cuda(const Rows<const float>& x, const int64_t* order, const int64_t* begin,
-                     int64_t k, int device, void* stream, float* counts, float* sums) {
+void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin, int64_t k,
+                     int device, void* stream, float* counts, float* sums) {
   const DeviceGuard guard(device, "vq_accumulate");
   const unsigned blocks = static_cast<unsigned>(k < 65536 ? k : 65536);
-  accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(x, order, begin, k,
-                                                                           counts, sums);
+  with_rows(x, [&](const auto& rows) {
+    accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(rows, order, begin, k,
+                                                                             counts, sums);
+  });
   check_launch("vq_accumulate");
 }
 

@@ -51,7 +51,7 @@ struct Sums {
   }
 };
 
-// That of a code that is not finite, a NaN, becomes infinite.
+// That of a code that is not finite, a NaN or an infinity of any sign, becomes infinite.
 template <Metric kMetric>
 T2P_INLINE F64 distances_from(const F64 (&squares)[kLanes / 2], const F64 (&products)[kLanes / 2]) {
   F64 distance;
@@ -65,6 +65,7 @@ T2P_INLINE F64 distances_from(const F64 (&squares)[kLanes / 2], const F64 (&prod
       distance = divide(distance, max(norm, broadcast(1e-300)));
     }
   }
+  distance = add(distance, sub(distance, distance));
   return min(distance, broadcast(double{__builtin_inff()}));
 }
 
@@ -218,7 +219,7 @@ T2P_INLINE void offer_each(const Codebook& codebook, const float* rows, std::int
                            Nearest* nearest) {
   for (int c = 0; c < count; ++c) {
     const double distance = distance_of<kMetric>(codebook, rows + row[c] * stride, code[c]);
-    if (distance < double{__builtin_inff()}) nearest[row[c]].offer(distance, code[c]);
+    if (__builtin_isfinite(distance)) nearest[row[c]].offer(distance, code[c]);
   }
 }
 

@@ -31,23 +31,24 @@ bool all_finite(const float* p, std::int64_t d) {
 // A bound on 2 |s - S| for a row of centred norm `x` and codes of centred norm at most `radius`.
 // The sum of d products errs by at most d u (|x| |c| + |c|^2 / 2), u = 2^-24, or twice that without
 // FMA; the halved norm it starts from by d u |c|^2 / 2; centring by a few u more. The last term
-// covers results below the normal range, whether they are flushed to zero or not.
+// covers results below the normal range, whether they are flushed to zero or not. Directions were
+// rounded besides, each channel by u of itself, which does not shrink with the radius.
 // It is slope(radius) * (x + radius) + tiny.
 struct TwiceErrorBound {
-  float per_norm, tiny;
+  float per_norm, least_slope, tiny;
 
-  explicit T2P_INLINE TwiceErrorBound(std::int64_t d) {
+  T2P_INLINE TwiceErrorBound(std::int64_t d, Metric metric) {
     const float steps = static_cast<float>((kFusedMultiplyAdd ? 1 : 2) * d + 16);
     const float relative = steps * 0x1p-24f;
     tiny = 4 * steps * kSmallestNormal;
     per_norm = relative > 0.25f ? kInfinity : 2.1f / (1 - relative) * relative;
+    least_slope = tiny + (metric == Metric::kCosine ? 2.05f * 0x1p-24f : 0.0f);
   }
-  T2P_INLINE float slope(float radius) const { return per_norm * radius + tiny; }
+  T2P_INLINE float slope(float radius) const { return per_norm * radius + least_slope; }
   T2P_INLINE float of(float x, float radius) const { return slope(radius) * (x + radius) + tiny; }
   T2P_INLINE F32 of(F32 x, F32 radius) const {
-    const F32 least = broadcast(tiny);
-    const F32 slope = multiply_add(broadcast(per_norm), radius, least);
-    return multiply_add(slope, add(x, radius), least);
+    const F32 slope = multiply_add(broadcast(per_norm), radius, broadcast(least_slope));
+    return multiply_add(slope, add(x, radius), broadcast(tiny));
   }
 };
 

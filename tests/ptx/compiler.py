@@ -8,7 +8,7 @@ their slots, so that one compilation serves all launches.
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ class Control:
     """An instruction that ends a block, because the scheduler has a say in it.
 
     Attributes:
-        kind: "branch", "exit", "barrier", "warp" (an instruction of several lanes of a warp) or
-            "wait" (which may have to be tried again).
+        kind: "branch", "exit", "barrier", "warp" (an instruction of several lanes of a warp),
+            "warpgroup" (one of 4 warps) or "wait" (which may have to be tried again).
         step: What it does to registers, for barriers when all have arrived.
         labels: Of a branch; several where `index` chooses.
         index: Slot of the index of a branch, of the member mask of a "warp".
@@ -87,6 +87,7 @@ class Program:
         shared_symbols: Offsets of shared variables; dynamic shared memory starts at `shared_size`.
         shared_gaps: First and last byte of what lies between shared variables.
         slots: How `allocate` makes the registers of `Warps`.
+        accumulators: Registers that wgmma adds up in, which nobody may touch meanwhile.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Program:
     local_size: int
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
+    accumulators: frozenset[str]
     _pool: tuple[int, list[Any]] | None = None
 
     def allocate(self, warps: "Warps") -> list[Any]:
@@ -377,6 +379,12 @@ class Compiler:
     def program(self) -> Program:
         code, labels = self.function.code, self.function.labels
         starts = {0, *labels.values()}
+        accumulators = frozenset(
+            name
+            for each in code
+            if each.opcode.startswith("wgmma.mma_async")
+            for name in _registers_of(each.operands[:1])
+        )
         compiled: list[Step | Control] = []
         for i, each in enumerate(code):
             handler, match = handler_of(each.opcode)
@@ -394,6 +402,8 @@ class Compiler:
                 guard = None
                 if each.guard:
                     guard = self.predicate(Name(each.guard))[0], each.guard_negated
+                if accumulators and not isinstance(made, Control):
+                    made = _watched(made, each, accumulators)
                 if isinstance(made, Control):
                     block.control, block.instruction, block.guard = made, each, guard
                     block.targets = tuple(labels[label] for label in made.labels)
@@ -403,8 +413,37 @@ class Compiler:
             blocks[start] = block
         return Program(
             self.function.name, blocks, self.parameters, self.shared, self.shared_size,
-            self.shared_gaps, self.local_size, self.rows, self.slots,
+            self.shared_gaps, self.local_size, self.rows, self.slots, accumulators,
         )  # fmt: skip
+
+
+def _registers_of(operands: tuple[Operand, ...]) -> Iterator[str]:
+    """Names in operands, those of addresses too."""
+    for operand in operands:
+        match operand:
+            case Name():
+                yield operand.name
+            case Address():
+                yield from _registers_of((operand.base,))
+            case Vector():
+                yield from _registers_of(operand.items)
+            case Pair():
+                yield from (operand.first.name, operand.second.name)
+
+
+def _watched(step: Step, ins: Instruction, accumulators: frozenset[str]) -> Step:
+    """`step`, after a look at the accumulators that it uses."""
+    names = tuple(name for name in _registers_of(ins.operands) if name in accumulators)
+    if not names:
+        return step
+    stores = ins.opcode.split(".")[0] in ("st", "red")
+    written = frozenset(() if stores else _registers_of(ins.operands[:1])) & accumulators
+
+    def run(w: "Warps") -> None:
+        w.products.touch(w, names, written)
+        step(w)
+
+    return run
 
 
 def _layout(variables: list[Variable], gap: int) -> tuple[dict[str, int], int]:

@@ -28,14 +28,16 @@ Array = np.ndarray[Any, Any]
 _SUCCESS, _INVALID_VALUE, _INVALID_CONFIGURATION, _LAUNCH_FAILURE = 0, 1, 9, 719
 _WRAPPER_MAGIC, _FAT_MAGIC, _KIND_PTX = 0x466243B1, 0xBA55ED50, 1
 
-# cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it.
+# cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it. Since
+# Hopper there is more shared memory.
 _PROCESSORS = 4
-_SHARED_DEFAULT, _SHARED_OPTIN = 48 << 10, 163 << 10
+_SHARED_DEFAULT = 48 << 10
 _ATTRIBUTES = {
     1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535,  # blocks and grids
     8: _SHARED_DEFAULT, 10: 32, 12: 65536, 13: 1410000, 16: _PROCESSORS, 39: 2048,
-    81: 164 << 10, 82: 65536, 97: _SHARED_OPTIN, 106: 32, 111: 1 << 10,
+    81: 164 << 10, 82: 65536, 97: 163 << 10, 106: 32, 111: 1 << 10,
 }  # fmt: skip
+_HOPPER = {81: 228 << 10, 97: 227 << 10}
 
 _TYPES = {
     "launch": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint),
@@ -46,6 +48,7 @@ _TYPES = {
     "shared_limit": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
     "occupancy": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t,
                   ctypes.POINTER(ctypes.c_int)),
+    "static_shared": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)),
     "variable": (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p),
 }  # fmt: skip
 
@@ -61,6 +64,8 @@ class Device:
         memory: The buffers that the next launch may touch.
         launches: Names of the kernels launched so far.
         failure: The first fault since it was last cleared.
+        capability: The compute capability. Of a kernel's PTX the newest runs that it allows, as on
+            a GPU; that for sm_90a on 9.0 only.
     """
 
     processors = _PROCESSORS
@@ -71,8 +76,9 @@ class Device:
         self.failure: Exception | None = None
         self._library = ctypes.CDLL(str(library))
         self._texts = [_ptx_of(address) for address in _modules(self._library)]
-        self._modules: dict[int, tuple[Module, dict[str, int]]] = {}
-        self._programs: dict[tuple[int, str], Program] = {}
+        self.capability = min(target for target, *_ in self._texts[0])
+        self._modules: dict[tuple[int, str], tuple[Module, dict[str, int]]] = {}
+        self._programs: dict[tuple[str, str], Program] = {}
         self._limits: dict[tuple[int, str], int] = {}
         self._own: dict[int, Region] = {}  # variables and allocations, by address
         self._kept: list[Array] = []
@@ -126,8 +132,17 @@ class Device:
 
     def _module(self, number: int) -> tuple[Module, dict[str, int]]:
         """A module, parsed when it is first used, and the addresses of its variables."""
-        if number not in self._modules:
-            module = parse(self._texts[number])
+        fitting = [
+            (target, specific, text)
+            for target, specific, text in self._texts[number]
+            if target <= self.capability and (target == self.capability or not specific)
+        ]
+        if not fitting:
+            raise NotModelled(f"a module without PTX for compute capability {self.capability}")
+        *_, text = max(fitting)
+        key = number, text
+        if key not in self._modules:
+            module = parse(text)
             addresses = {}
             for variable in module.variables.values():
                 if variable.space not in ("global", "const"):
@@ -141,17 +156,18 @@ class Device:
                 address = data.ctypes.data
                 addresses[variable.name] = address
                 self._own[address] = Region(variable.name, data, address, granule=1)
-            self._modules[number] = module, addresses
+            self._modules[key] = module, addresses
             self.memory.set_regions([*self.memory.regions, *(
                 self._own[a] for a in addresses.values())])  # fmt: skip
-        return self._modules[number]
+        return self._modules[key]
 
     def program(self, number: int, name: str) -> Program:
         """The compiled kernel of a module."""
-        if (number, name) not in self._programs:
-            module, addresses = self._module(number)
-            self._programs[number, name] = compile_kernel(module, name, addresses)
-        return self._programs[number, name]
+        module, addresses = self._module(number)
+        key = f"{number} {module.target}", name
+        if key not in self._programs:
+            self._programs[key] = compile_kernel(module, name, addresses)
+        return self._programs[key]
 
     def kernels(self) -> list[tuple[int, str]]:
         """All kernels: numbers of modules, and names."""
@@ -203,7 +219,9 @@ class Device:
         return _SUCCESS
 
     def _shared_limit(self, number: int, name: bytes, size: int) -> int:
-        if not 0 <= size <= _SHARED_OPTIN:
+        program = self.program(number, name.decode())
+        static = program.shared_size - sum(high - low for low, high in program.shared_gaps)
+        if not 0 <= size <= self._attributes()[97] - static:
             return _INVALID_VALUE
         self._limits[number, name.decode()] = size
         return _SUCCESS
@@ -215,19 +233,26 @@ class Device:
         blocks[0] = min(32, 2048 // max(threads, 1), (164 << 10) // shared)
         return _SUCCESS
 
+    def _static_shared(self, number: int, name: bytes, size: Any) -> int:
+        program = self.program(number, name.decode())
+        size[0] = program.shared_size - sum(high - low for low, high in program.shared_gaps)
+        return _SUCCESS
+
     def _variable(self, number: int, name: bytes) -> int:
         return self._module(number)[1][name.decode()]
 
     def _attribute(self, number: int, value: Any) -> int:
-        if number in (75, 76):  # the compute capability that the kernels were compiled for
-            target = re.search(r"\.target\s+sm_(\d+)(\d)", self._texts[0])
-            value[0] = int(target[number - 74]) if target else 0
+        if number in (75, 76):
+            value[0] = self.capability[number - 75]
             return _SUCCESS
         if number not in _ATTRIBUTES:
             self.failure = NotModelled(f"cudaDeviceGetAttribute({number})")
             return _INVALID_VALUE
-        value[0] = _ATTRIBUTES[number]
+        value[0] = self._attributes()[number]
         return _SUCCESS
+
+    def _attributes(self) -> dict[int, int]:
+        return _ATTRIBUTES | _HOPPER if self.capability >= (9, 0) else _ATTRIBUTES
 
 
 def _modules(library: ctypes.CDLL) -> list[int]:
@@ -235,8 +260,9 @@ def _modules(library: ctypes.CDLL) -> list[int]:
     return [library.t2p_emulator_module(i) for i in range(library.t2p_emulator_modules())]
 
 
-def _ptx_of(wrapper: int) -> str:
-    """The PTX in a fat binary, which nvcc was told to leave uncompressed."""
+def _ptx_of(wrapper: int) -> list[tuple[tuple[int, int], bool, str]]:
+    """The PTX in a fat binary, which nvcc was told to leave uncompressed: the compute capability,
+    whether it is for that one alone, and the text."""
     magic, _, data = struct.unpack("<IIQ", ctypes.string_at(wrapper, 16))
     if magic != _WRAPPER_MAGIC:
         raise NotModelled(f"a fat binary whose wrapper begins with {magic:#x}")
@@ -244,12 +270,18 @@ def _ptx_of(wrapper: int) -> str:
     if magic != _FAT_MAGIC:
         raise NotModelled(f"a fat binary that begins with {magic:#x}")
     at, end = data + header, data + header + size
+    texts = []
     while at < end:
         kind, _, header, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
         if kind == _KIND_PTX:
             text = ctypes.string_at(at + header, size).rstrip(b"\0")
             if not text.lstrip().startswith((b".version", b"//")):
                 raise NotModelled("compressed PTX: build with --no-compress")
-            return text.decode()
+            target = re.search(r"^\.target\s+sm_(\d+)(\d)([a-z]?)", text.decode(), re.MULTILINE)
+            assert target
+            capability = int(target[1]), int(target[2])
+            texts.append((capability, bool(target[3]), text.decode()))
         at += header + size
+    if texts:
+        return texts
     raise NotModelled("a fat binary without PTX: build for a virtual architecture")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptx.faults import Violation, variable_name
-from ptx.races import Shadow, stamped_thread
+from ptx.races import Shadow, stamped_thread, stamped_who
 
 __all__ = ["GENERIC_LOCAL", "GENERIC_SHARED", "GlobalMemory", "Region", "host_bytes"]
 
@@ -55,6 +55,8 @@ class Region:
         self.holes: Array | None = None  # granules between the elements of a strided tensor
         self.pending: Array | None = None  # granules that an asynchronous copy will write
         self.pending_count = 0
+        self.reading: Array | None = None  # how many products under way read a granule
+        self.ordinary: Array | None = None  # granules that only a fence shows to the async proxy
         self.shadow = Shadow(count) if races else None
         self._part, self._symbols = part, symbols or {}
         self._typed: dict[Any, Array] = {}
@@ -89,7 +91,7 @@ class Region:
     def _refine(self, width: int) -> None:
         factor = (1 << self.shift) // width
         self.shift = width.bit_length() - 1
-        for name in ("written", "holes", "pending"):
+        for name in ("written", "holes", "pending", "reading", "ordinary"):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, np.repeat(state, factor))
         self.pending_count *= factor
@@ -168,6 +170,10 @@ class Region:
                     f"{kind} of bytes whose cp.async has not been waited for: ",
                     int(bad.argmax()),
                 )
+        if writes and self.reading is not None and (bad := self.reading[granules] > 0).any():
+            complain(
+                "wgmma", "write of bytes that a product not waited for reads: ", int(bad.argmax())
+            )
         if kind != "write" and kind != "relaxed write" and self.written is not None:
             there = self.written[granules]
             if not there.all():
@@ -189,6 +195,8 @@ class Region:
                     )  # fmt: skip
         if writes and self.written is not None:
             self.written[granules] = True
+        if writes and self.ordinary is not None:
+            self.ordinary[granules] = True
 
     def _race(
         self, now: str, earlier: str, at: int, who: int, granules: Array, lanes: Array, each: int
@@ -239,6 +247,45 @@ class Region:
         assert self.pending is not None
         self.pending[self.granules(offsets, width)] = False
         self.pending_count = int(np.count_nonzero(self.pending))
+
+    # Products, and the asynchronous proxy ---------------------------------------------------------
+
+    def track_proxies(self) -> None:
+        """Begins to note which stores are ordinary ones."""
+        self.ordinary = np.zeros(-(-len(self.data) // (1 << self.shift)), bool)
+        self.reading = np.zeros(len(self.ordinary), np.int16)
+
+    def of_async_proxy(self, offsets: Array, width: int) -> None:
+        """What was just written there came by a bulk copy."""
+        if self.ordinary is not None:
+            self.ordinary[self.granules(offsets, width)] = False
+
+    def show_to_async_proxy(self, stamps: Array) -> None:
+        """A fence by the threads with these stamps: products may read what they have written."""
+        if self.ordinary is None or self.shadow is None:
+            return
+        granules = np.flatnonzero(self.ordinary)
+        mine = np.isin(self.shadow.writers(granules), stamped_who(stamps))
+        self.ordinary[granules[mine]] = False
+
+    def check_proxy(self, offsets: Array, width: int, lane: int) -> None:
+        granules = self.granules(offsets, width)
+        if self.ordinary is not None and (bad := self.ordinary[granules]).any():
+            place = self.describe(int(granules[bad.argmax()]) << self.shift)
+            raise Violation(
+                "wgmma", f"read of what was stored without a fence.proxy.async since: {place}", lane
+            )
+
+    def begin_reads(self, offsets: Array, width: int) -> None:
+        """A product reads there until `end_reads`."""
+        granules = self.granules(offsets, width)
+        assert self.reading is not None
+        np.add.at(self.reading, granules, 1)
+
+    def end_reads(self, offsets: Array, width: int) -> None:
+        granules = self.granules(offsets, width)
+        assert self.reading is not None
+        np.add.at(self.reading, granules, -1)
 
 
 class GlobalMemory:

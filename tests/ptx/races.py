@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data races: two threads touch the same bytes, one of them writes, and nothing orders them.
 
-Every access leaves a stamp, 64 bits: the block, the thread in it, how many barriers its block has
-passed, and how many `__syncwarp` it has taken part in. Of two accesses to one granule the first
-comes before the second if they are of one thread, or of one block and a barrier lies between, or of
-one warp and a `__syncwarp` lies between. Blocks are never ordered within a launch. Atomics do not
-race with each other.
+Every access leaves a stamp, 64 bits: the block, the thread in it, the epoch of its warp, and how
+many `__syncwarp` it has taken part in. Of two accesses to one granule the first comes before the
+second if they are of one thread, or of one block and the second warp has learned, at a barrier of
+the block or at an mbarrier, that the first one's epoch is over (`Clocks`), or of one warp and a
+`__syncwarp` lies between. Blocks are never ordered within a launch. Atomics do not race with each
+other.
 
 Kept for every granule: the last writer and the last two readers, which are different threads. Reads
 are logged first and entered when a write comes: most intervals read what they do not write.
@@ -15,24 +16,26 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["THREADS_PER_BLOCK", "Shadow", "stamp", "stamped_thread"]
+__all__ = ["THREADS_PER_BLOCK", "Clocks", "Shadow", "stamp", "stamped_thread", "stamped_who"]
 
 Array = np.ndarray[Any, Any]
 
 THREADS_PER_BLOCK = 1024
-_WARP_BITS, _BLOCK_BITS = 14, 14  # of the two counters of synchronisations
+_WARP_BITS, _BLOCK_BITS = 14, 14  # of numbers of syncs and of epochs
 _THREAD_SHIFT = _WARP_BITS + _BLOCK_BITS
-_BARRIERS = ((1 << _BLOCK_BITS) - 1) << _WARP_BITS
+_LAST_EPOCH = (1 << _BLOCK_BITS) - 1
+_EPOCHS = _LAST_EPOCH << _WARP_BITS
 _WARP_SYNCS = (1 << _WARP_BITS) - 1
 _OTHER_THREAD, _OTHER_WARP = 1 << _THREAD_SHIFT, 1 << (_THREAD_SHIFT + 5)
-_OTHER_BLOCK = 1 << (_THREAD_SHIFT + 10)
+_BLOCK_SHIFT = _THREAD_SHIFT + 10
+_OTHER_BLOCK = 1 << _BLOCK_SHIFT
 _LOG_LIMIT = 1 << 23  # accesses
 
 
-def stamp(block: Array, thread: Array, barriers: Array, warp_syncs: Array) -> Array:
+def stamp(block: Array, thread: Array, epochs: Array, warp_syncs: Array) -> Array:
     """Stamps of threads; never 0, which stands for nobody."""
     who = ((block + 1) << 10) | thread
-    when = ((barriers << _WARP_BITS) & _BARRIERS) | (warp_syncs & _WARP_SYNCS)
+    when = ((epochs << _WARP_BITS) & _EPOCHS) | (warp_syncs & _WARP_SYNCS)
     return (who << _THREAD_SHIFT) | when
 
 
@@ -42,19 +45,62 @@ def stamped_thread(value: int) -> tuple[int, int]:
     return (who >> 10) - 1, who & 1023
 
 
-def _unordered(earlier: Array, now: Array) -> Array:
-    """Where an earlier access by another thread is not ordered before the one now."""
-    differs = earlier ^ now
-    found = (differs >= _OTHER_THREAD) & (earlier != 0)
-    if not found.any():
-        return found
-    found &= ~((differs < _OTHER_BLOCK) & ((differs & _BARRIERS) != 0))
-    found &= ~((differs < _OTHER_WARP) & ((differs & _WARP_SYNCS) != 0))
-    return found
+def stamped_who(stamps: Array) -> Array:
+    """Numbers of the threads of stamps, different for any two of a grid."""
+    return stamps >> _THREAD_SHIFT
+
+
+class Clocks:
+    """What the warps of a block know of each other (vector clocks, Lamport 1978, Mattern 1989).
+
+    A warp that arrives at a barrier ends an epoch of its own; a warp that has waited there knows
+    that those of all who arrived are over, and what they knew.
+
+    Attributes:
+        epochs: `[block, warp]`, the number of the epoch that lasts.
+        known: `[block, warp, other warp]`, the last epoch of the other that is known to be over.
+    """
+
+    def __init__(self, first_block: int, blocks: int, warps: int) -> None:
+        self.first_block = first_block
+        self.epochs = np.ones((blocks, warps), np.int64)
+        self.known = np.zeros((blocks, warps, warps), np.int64)
+
+    def release(self, block: int, warp: int) -> Array:
+        """Ends an epoch; returns what others may know from now on."""
+        told: Array = self.known[block, warp].copy()
+        told[warp] = self.epochs[block, warp]
+        self.epochs[block, warp] += 1
+        return told
+
+    def acquire(self, block: int, warp: int, told: Array) -> None:
+        np.maximum(self.known[block, warp], told, out=self.known[block, warp])
+
+    def barrier(self, blocks: Array) -> None:
+        """All warps of these blocks have arrived and waited."""
+        told = np.maximum(self.known[blocks].max(1), self.epochs[blocks])
+        self.known[blocks] = told[:, None]
+        self.epochs[blocks] += 1
+
+    def ordered(self, earlier: Array, now: Array) -> Array:
+        """Whether accesses come before those of the same block now."""
+        block = (now >> _BLOCK_SHIFT) - 1 - self.first_block
+        warp, other = ((stamps >> (_THREAD_SHIFT + 5)) & 31 for stamps in (now, earlier))
+        epoch = (earlier & _EPOCHS) >> _WARP_BITS
+        # Numbers of epochs go round: what is known is never far ahead.
+        lead = (self.known[block, warp, other] - epoch) & _LAST_EPOCH
+        result: Array = lead <= _LAST_EPOCH // 2
+        return result
 
 
 class Shadow:
-    """The stamps of `count` granules."""
+    """The stamps of `count` granules.
+
+    Attributes:
+        clocks: Of the blocks that run, for all buffers.
+    """
+
+    clocks = Clocks(0, 0, 0)
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -95,7 +141,7 @@ class Shadow:
         if not self.dirty or self._writer is None:
             return None
         earlier = self._writer[granules]
-        bad = _unordered(earlier, stamps)
+        bad = self._unordered(earlier, stamps)
         if atomic:
             bad &= ~self._atomic[granules]
         return _first(bad, earlier)
@@ -110,14 +156,14 @@ class Shadow:
         self._enter_reads()
         if self.dirty:
             earlier = self._writer[granules]
-            bad = _unordered(earlier, stamps)
+            bad = self._unordered(earlier, stamps)
             if atomic:
                 bad &= ~self._atomic[granules]
             if (found := _first(bad, earlier)) is not None:
                 return "write", *found
         for readers in self._readers:
             earlier = readers[granules]
-            bad = _unordered(earlier, stamps)
+            bad = self._unordered(earlier, stamps)
             if (found := _first(bad, earlier)) is not None:
                 return "read", *found
         self.dirty = True
@@ -129,12 +175,28 @@ class Shadow:
                 return "write", *found
         return None
 
+    def _unordered(self, earlier: Array, now: Array) -> Array:
+        """Where an earlier access by another thread is not ordered before the one now."""
+        differs = earlier ^ now
+        found = (differs >= _OTHER_THREAD) & (earlier != 0)
+        found &= ~((differs < _OTHER_WARP) & ((differs & _WARP_SYNCS) != 0))
+        here = np.flatnonzero(found & (differs < _OTHER_BLOCK))
+        if here.size:
+            found[here] = ~self.clocks.ordered(earlier[here], now[here])
+        return found
+
     def written(self, granules: Array) -> Array:
         """Which granules were written to since the last reset."""
         if self._writer is None:
             return np.zeros(len(granules), bool)
         result: Array = self._writer[granules] != 0
         return result
+
+    def writers(self, granules: Array) -> Array:
+        """The numbers of the threads that wrote to them last."""
+        if self._writer is None:
+            return np.zeros(len(granules), np.int64)
+        return stamped_who(self._writer[granules])
 
     def _enter_reads(self) -> None:
         for granules, stamps in self._log:

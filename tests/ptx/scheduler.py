@@ -14,7 +14,7 @@ import numpy as np
 from ptx.compiler import Block, Program
 from ptx.faults import Fault, NotModelled, Violation, demangle
 from ptx.parser import Instruction
-from ptx.warps import WARP, Warps, warp_words
+from ptx.warps import WARP, WARPGROUP, Warps, warp_words
 
 if TYPE_CHECKING:
     from ptx.device import Device
@@ -55,6 +55,7 @@ class Scheduler:
         self.at_warp = np.full(warps.count, nowhere)
         self.warps_wait = False  # whether any do
         self.at_wait = np.full(warps.count, nowhere)
+        self.at_group = np.full(warps.count, nowhere)
         self.steps = 0
 
     def run(self) -> None:
@@ -71,15 +72,16 @@ class Scheduler:
             if not (self._release_waits() or self._release_barriers()):
                 break
         self._check_stuck()
-        if w.copies and w.copies[0].lanes.size:
+        try:
+            if w.copies and w.copies[0].lanes.size:
+                raise Violation("asynchronous copy", "the kernel ends while a cp.async is under "
+                                "way", int(w.copies[0].lanes[0]))  # fmt: skip
+            w.products.check_over()
+        except Violation as violation:
             block = next(iter(w.program.blocks.values()))
-            assert block.steps or block.instruction
-            last = block.steps[0][1] if block.steps else block.instruction
-            assert last
-            raise self._fault(
-                Violation("asynchronous copy", "the kernel ends while a cp.async is under way",
-                          int(w.copies[0].lanes[0])), last,
-            )  # fmt: skip
+            first = block.steps[0][1] if block.steps else block.instruction
+            assert first
+            raise self._fault(violation, first) from None
 
     def _add(self, start: int, active: Array) -> None:
         if start in self.groups:
@@ -146,6 +148,8 @@ class Scheduler:
             self.barrier_number[chosen] = ids[chosen]
         elif control.kind == "wait":
             self._wait(block, chosen)
+        elif control.kind == "warpgroup":
+            self._warpgroup(block, chosen)
         else:
             self._warp(block, chosen)
 
@@ -203,6 +207,22 @@ class Scheduler:
         control.step(w)
         self._add(block.next, chosen)
 
+    def _warpgroup(self, block: Block, chosen: Array) -> None:
+        """Runs an instruction for the warpgroups all of whose lanes have come."""
+        w, control = self.w, block.control
+        assert control
+        if w.stride % WARPGROUP:
+            raise Violation("warpgroup", f"a block of {w.threads} threads ends within one",
+                            int(w.lanes[0]))  # fmt: skip
+        chosen = chosen | (self.at_group == block.start)
+        ready = np.repeat(chosen.reshape(-1, WARPGROUP).all(1), WARPGROUP)
+        self.at_group[chosen & ~ready] = block.start
+        self.at_group[ready] = -1
+        if ready.any():
+            w.activate(ready, full=False)
+            control.step(w)
+            self._add(block.next, ready)
+
     # Barriers -------------------------------------------------------------------------------------
 
     def _release_barriers(self) -> bool:
@@ -229,8 +249,7 @@ class Scheduler:
                 block.control.step(w)
             self._add(block.next, group)
         self.at_barrier[lanes] = -1
-        w.barriers = w.barriers + lanes
-        w.restamp()
+        w.barrier(np.flatnonzero(complete))
         if everyone and w.shared.shadow:
             w.shared.shadow.interval_over()
         return True
@@ -285,6 +304,7 @@ class Scheduler:
         w = self.w
         for places, kind, detail in (
             (self.at_warp, "warp mask", "the mask names threads that never come here"),
+            (self.at_group, "warpgroup", "some threads of the warpgroup never come here"),
             (self.at_wait, "deadlock", "an mbarrier whose phase never ends"),
             (self.at_barrier, "divergent barrier", "some threads of the block never come here"),
         ):

@@ -24,13 +24,13 @@ emulation = install(build())
 from t2p_fast import ops
 from t2p_fast._library import _C
 
-x, codebook = torch.randn(70, 9), torch.randn(33, 9)
+x, codebook = torch.randn(70, 40), torch.randn(33, 40)
 indices, distance = ops.vq_nearest(x, codebook, return_distance=True)
 assert torch.equal(indices, torch.cdist(x.double(), codebook.double()).argmin(1))
 print("launched:", *emulation.device.launches)
 
 def workspace(*tensors):
-    return torch.zeros(_C.vq_workspace_size(70, 33, 9))
+    return torch.zeros(_C.vq_workspace_size(70, 33, 40, "l2"))
 
 def attempt(name, call):
     try:
@@ -43,7 +43,7 @@ found = torch.empty(70, dtype=torch.int64)
 rows = x[:, :, None]
 attempt("as it is", lambda: _C.vq_nearest(
     rows, codebook, "l2", None, workspace(), found, torch.empty(70), 1))
-wide = torch.zeros(70, 18)[:, ::2]
+wide = torch.zeros(70, 80)[:, ::2]
 attempt("a strided output", lambda: _C.vq_lookup(indices, codebook, wide[:, :, None], 1))
 assert torch.equal(wide, codebook[indices])
 

@@ -70,6 +70,12 @@ FAULTS: dict[str, dict[str, Any]] = {
         "kind": "out of bounds", "detail": r"asynchronous read of 4 bytes at x \+ 512"},
     "bulk_copy_not_waited_for": {
         "kind": "asynchronous copy", "detail": r"stage \+ 0", "arch": "90"},
+    "mbarrier_not_waited_for": {
+        "kind": "race", "detail": r"stage \+ \d+ .*after a (read|write)", "line": None,
+        "arch": "90"},
+    "mbarrier_released_too_early": {
+        "kind": "race", "detail": r"write of stage \+ 0 .*after a read by thread \d+ of block 0",
+        "arch": "90"},
     "mbarrier_that_never_completes": {"kind": "deadlock", "detail": "mbarrier", "arch": "90",
                                       "line": None},
     "division_by_zero": {"kind": "division by zero", "detail": "", "more": [np.int32(3)]},
@@ -88,9 +94,16 @@ TWINS: dict[str, dict[str, Any]] = {
     "barrier_after_exits": {"result": None},
     "mask_of_those_present": {"result": None},
     "copy_waited_for": {"result": lambda x: 2 * x.reshape(2, 2, 32)[:, ::-1].reshape(-1)},
+    "mbarrier_handover": {
+        "result": lambda x: _handed_over(x.reshape(2, 2, 32)).reshape(-1), "arch": "90"},
     "bulk_copy_waited_for": {"result": lambda x: x, "arch": "90"},
     "division_by_zero": {"result": None, "more": [np.int32(4)]},
 }  # fmt: skip
+
+
+def _handed_over(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of every block nothing for the warp that writes, and for the other one both of its rounds."""
+    return np.stack([0 * x[:, 0], 2 * x[:, 0, ::-1] + 1], 1)
 
 
 def _launch(name: str, case: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -136,7 +149,7 @@ def test_unknown_text_is_refused() -> None:
     kernel = head + ".visible .entry k()\n{\n.reg .b32 %r<3>;\nBODY\nret;\n}\n"
     for body, message in (
         ("add.s32 %r1, %r2, 1;", None),
-        ("wgmma.fence.sync.aligned;", "wgmma"),
+        ("tcgen05.fence::before_thread_sync;", "tcgen05"),
         ("add.s33 %r1, %r2, 1;", "add.s33"),
         ("add.rn.s32 %r1, %r2, 1;", "add.rn.s32"),
         ("ld.global.L3.u32 %r1, [%r2];", "ld.global.L3"),

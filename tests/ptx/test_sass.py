@@ -44,5 +44,5 @@ def test_broken_promises_are_found(tmp_path: Path) -> None:
     assert "vq::lookup_kernel on sm_80 uses local memory: LDL, STL" in problems
     assert "vq::norms_kernel on sm_80 uses float64: DMUL" in problems
     assert "vq::center_kernel on" not in problems
-    assert "vq::scan_kernel on sm_80 has 0 FFMA, not 512" in problems
+    assert "vq::scan_kernel on sm_80 has 0 FFMA, not 1536" in problems
     assert "vq::resolve_kernel is in the table, but no such kernel is built" in problems

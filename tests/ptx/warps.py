@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.memory import Region
-from ptx.races import stamp
+from ptx.products import Products
+from ptx.races import Clocks, Shadow, stamp
 
 if TYPE_CHECKING:
     from ptx.compiler import Program
     from ptx.device import Device
 
-__all__ = ["WARP", "Warps", "warp_words"]
+__all__ = ["WARP", "WARPGROUP", "Warps", "warp_words"]
 
 Array = np.ndarray[Any, Any]
 WARP = 32
+WARPGROUP = 4 * WARP
 
 
 class Warps:
@@ -48,7 +50,8 @@ class Warps:
         self.block = self.local_block + first_block
         self.lane = (self.thread % WARP).astype(np.uint32)
         self.live = self.thread < self.threads
-        self.barriers = np.zeros(self.count, np.int64)
+        self.clocks = Clocks(first_block, blocks, self.stride // WARP)
+        Shadow.clocks = self.clocks
         self.warp_syncs = np.zeros(self.count, np.int64)
         self.stamps = np.zeros(0, np.int64)
         self.restamp()
@@ -72,6 +75,9 @@ class Warps:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.bulk_groups: list[Any] = []
         self.mbarriers: dict[int, Any] = {}
+        self.products = Products(self.count)
+        if program.accumulators:
+            self.shared.track_proxies()
 
         self.active = self.live.copy()
         self.mask: Array | None = None
@@ -81,7 +87,23 @@ class Warps:
 
     def restamp(self) -> None:
         """Stamps anew: a new array, because logs hold the old one."""
-        self.stamps = stamp(self.block, self.thread, self.barriers, self.warp_syncs)
+        epochs = np.repeat(self.clocks.epochs.reshape(-1), WARP)
+        self.stamps = stamp(self.block, self.thread, epochs, self.warp_syncs)
+
+    def release(self, lanes: Array) -> dict[int, Array]:
+        """Ends epochs of the warps of `lanes`; what each of them tells, by its number."""
+        warps = np.unique(lanes // WARP).tolist()
+        told = {warp: self.clocks.release(*divmod(warp, self.stride // WARP)) for warp in warps}
+        self.restamp()
+        return told
+
+    def acquire(self, lane: int, told: Array) -> None:
+        self.clocks.acquire(*divmod(lane // WARP, self.stride // WARP), told)
+
+    def barrier(self, blocks: Array) -> None:
+        """Blocks have passed a barrier, by their numbers among those that run."""
+        self.clocks.barrier(blocks)
+        self.restamp()
 
     def activate(self, active: Array, full: bool) -> None:
         self.active = active

@@ -3,7 +3,8 @@
 
 Sizes: `n` rows, `k` codes, `d` channels, `g` groups. `x` has its channels in dimension
 `channel_dim`; every other position is a row. Inside, tensors are viewed as `[outer, d, inner]`,
-which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`, and kernels see float32.
+which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`. CPU kernels see float32,
+CUDA kernels `x` in its own dtype.
 """
 
 import math
@@ -28,9 +29,14 @@ def _as_rows(x: Tensor, channel_dim: int) -> Tensor:
     return x.reshape(outer, shape[channel_dim], inner)
 
 
-def _empty_like_rows(x: Tensor, channel_dim: int) -> Tensor:
+def _empty_like_rows(x: Tensor, channel_dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor shaped like `x` that `_as_rows` can view without a copy."""
-    return torch.empty_like(_as_rows(x, channel_dim)).reshape(x.shape)
+    return torch.empty_like(_as_rows(x, channel_dim), dtype=dtype).reshape(x.shape)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` in a dtype that the kernels of its device read."""
+    return x if x.is_cuda else x.float()
 
 
 def without_channels(x: Tensor, channel_dim: int) -> list[int]:
@@ -62,8 +68,8 @@ def _nearest(
     (k, d), codes = codebook.shape, codebook.float().contiguous()
     workspace = distance  # not looked at on the CPU
     if x.is_cuda:
-        workspace = distance.new_empty(_C.vq_workspace_size(indices.numel(), k, d))
-    rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
+        workspace = distance.new_empty(_C.vq_workspace_size(indices.numel(), k, d, metric))
+    rows, threads = _as_rows(_readable(x), channel_dim), torch.get_num_threads()
     packed = None if x.is_cuda else packed
     _C.vq_nearest(rows, codes, metric, packed, workspace, indices, distance, threads)
     return distance, indices
@@ -114,7 +120,7 @@ def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tu
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
     ordered, order = indices.flatten().sort(stable=True)
     begin = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device))
-    _C.vq_accumulate_sorted(_as_rows(x.float(), channel_dim), order, begin, counts, sums)
+    _C.vq_accumulate_sorted(_as_rows(x, channel_dim), order, begin, counts, sums)
     return counts, sums
 
 
@@ -133,9 +139,10 @@ def _quantize(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = x.float()
+    rows = _readable(x)
     distance, indices = _nearest(rows, codebook, metric, channel_dim)
-    quantized, loss = _empty_like_rows(rows, channel_dim), distance.new_empty([])
+    quantized = _empty_like_rows(rows, channel_dim, torch.float32)
+    loss = distance.new_empty([])
     _C.vq_lookup(
         indices,
         codebook.float().contiguous(),
@@ -395,8 +402,7 @@ def vq_nearest(
         O(n k d) time, O(n + k d) memory.
 
     Raises:
-        ValueError: Shapes or devices do not fit, the codebook is empty, or `metric` is unknown (on
-            CUDA only `"l2"` is there).
+        ValueError: Shapes or devices do not fit, the codebook is empty, or `metric` is unknown.
         TypeError: A tensor is of another dtype.
 
     Example:

@@ -69,6 +69,8 @@ def _topk_of_rows(x: Tensor, codebook: Tensor, count: int, metric: str) -> tuple
     chosen = chosen.sort().values  # so that of equal distances the lowest index comes first
     radius = codes.norm(dim=1).nan_to_num(0.0).max()
     twice_error = 3 * (d + 16) * 2.0**-24 * radius * (rows.norm(dim=1) + radius)
+    if metric == "cosine":  # directions were rounded
+        twice_error += 3 * 2.0**-24 * rows.norm(dim=1)
     decided = best[:, -1] - best[:, count - 1] > twice_error + d * 2.0**-118
     doubtful = (~decided).nonzero().flatten() if kept < k else chosen.new_empty(0)
     distance, indices = _topk_by_distance(x, codebook[chosen], chosen, count, metric)

@@ -32,6 +32,7 @@ struct Handlers {
   int (*allocate)(void* at, size_t bytes);  // new memory; bytes = 0: freed
   int (*shared_limit)(int module, const char* name, int bytes);
   int (*occupancy)(int module, const char* name, int threads, size_t shared, int* blocks);
+  int (*static_shared)(int module, const char* name, int* bytes);
   void* (*variable)(int module, const char* name);  // where a __device__ variable lies
 };
 
@@ -208,6 +209,17 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
     return result(cudaErrorInvalidValue);
   }
   return result(state().handlers.shared_limit(kernel->module, kernel->name.c_str(), value));
+}
+// Of its attributes, the static shared memory alone: PTX does not know the others.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  const Kernel* kernel = find(function);
+  if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  int bytes = 0;
+  const int status =
+      state().handlers.static_shared(kernel->module, kernel->name.c_str(), &bytes);
+  *attributes = {};
+  attributes->sharedSizeBytes = static_cast<size_t>(bytes);
+  return result(status);
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    const void* function,

@@ -14,6 +14,7 @@ from ptx.instructions import (
     memory,
     movement,
     warp,
+    warpgroup,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "memory",
     "movement",
     "warp",
+    "warpgroup",
 ]

@@ -2,8 +2,8 @@
 """cp.async, mbarrier and bulk copies of one dimension (PTX manual 9.7.9.25, 9.7.13.15).
 
 A copy is done, as far as the kernel may know, when its thread has waited for it; until then its
-destination may not be touched. What is copied is what was there when the copy began. A successful
-wait on an mbarrier counts as a barrier for those who waited.
+destination may not be touched. What is copied is what was there when the copy began. Who has waited
+at an mbarrier comes after what those had done who arrived there, copies in bulk among them.
 """
 
 import re
@@ -16,6 +16,7 @@ from ptx.compiler import Compiler, Control, Step, instruction
 from ptx.faults import NotModelled, Violation
 from ptx.instructions.memory import addresses_of, check_aligned, place
 from ptx.parser import Immediate, Instruction, Operand
+from ptx.warps import WARP
 
 if TYPE_CHECKING:
     from ptx.warps import Warps
@@ -32,11 +33,14 @@ class Copy:
     offsets: Array
     data: Array  # [lane, bytes]
     groups: Array
+    bulk: bool = False
+    stamps: Array | None = None  # of the lanes, when an mbarrier is to tell that it is done
 
     def part(self, chosen: Array) -> "Copy":
         return Copy(
-            self.lanes[chosen], self.offsets[chosen], self.data[chosen], self.groups[chosen]
-        )
+            self.lanes[chosen], self.offsets[chosen], self.data[chosen], self.groups[chosen],
+            self.bulk, None if self.stamps is None else self.stamps[chosen],
+        )  # fmt: skip
 
 
 @dataclass
@@ -48,11 +52,18 @@ class Barrier:
     bytes: int = 0
     phase: int = 0
     copies: list[Copy] = field(default_factory=list)
+    # What those who arrived have told, so far and up to the end of the last phase.
+    told: Array | None = None
+    known: Array | None = None
+
+    def tell(self, told: Array) -> None:
+        self.told = told if self.told is None else np.maximum(self.told, told)
 
     def settle(self) -> None:
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
+            self.known = self.told
 
 
 def _finish(w: "Warps", copy: Copy) -> None:
@@ -61,7 +72,10 @@ def _finish(w: "Warps", copy: Copy) -> None:
     for start in range(0, width, step):
         offsets = copy.offsets + start
         w.shared.finish_copy(offsets, step)
-        w.shared.check(offsets, step, w.stamps[copy.lanes], copy.lanes, "write")
+        stamps = w.stamps[copy.lanes] if copy.stamps is None else copy.stamps
+        w.shared.check(offsets, step, stamps, copy.lanes, "write")
+        if copy.bulk:
+            w.shared.of_async_proxy(offsets, step)
         columns = [copy.data[:, start + j] for j in range(step)]
         w.shared.store(offsets, columns, np.uint8)
 
@@ -212,8 +226,10 @@ def _arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
         lanes, keys = find(w)
         # A reader of the barrier's bytes: makes sure that its initialisation is ordered before.
         w.shared.check(keys, 8, w.stamps[lanes], lanes, "relaxed read")
+        told = w.release(lanes)
         for lane, key in zip(lanes.tolist(), keys.tolist(), strict=True):
             barrier = _known(w, key, lane)
+            barrier.tell(told[lane // WARP])
             number = (
                 int(np.broadcast_to(w.registers[amount], w.count)[lane])
                 if amount is not None
@@ -274,12 +290,10 @@ def _wait(code: Compiler, ins: Instruction, match: Match) -> Control:
                 copies, barrier.copies = barrier.copies, []
                 for copy in copies:
                     _finish(w, copy)
-        if through.any():
-            w.barriers = w.barriers.copy()
-            w.barriers[through] += 1
-            w.restamp()
-            if to is not None:
-                w.registers[to][through] = True
+                if barrier.known is not None:
+                    w.acquire(lane, barrier.known)
+        if through.any() and to is not None:
+            w.registers[to][through] = True
         return through
 
     return Control("wait", step=step)
@@ -293,17 +307,22 @@ def _cp_async_arrive(code: Compiler, ins: Instruction, match: Match) -> Step:
     def step(w: "Warps") -> None:
         lanes, keys = find(w)
         of_lane = dict(zip(lanes.tolist(), keys.tolist(), strict=True))
+        stamps = w.stamps
+        told = w.release(lanes)
         left = []
         for copy in w.copies:
             mine = w.active[copy.lanes]
             for key in {of_lane[lane] for lane in copy.lanes[mine].tolist()}:
                 chosen = mine & np.array([of_lane.get(x) == key for x in copy.lanes.tolist()])
-                _known(w, key, int(copy.lanes[0])).copies.append(copy.part(chosen))
+                part = copy.part(chosen)
+                part.stamps = stamps[part.lanes]
+                _known(w, key, int(copy.lanes[0])).copies.append(part)
             if not mine.all():
                 left.append(copy.part(~mine))
         w.copies = left
         for lane, key in of_lane.items():
             barrier = _known(w, key, lane)
+            barrier.tell(told[lane // WARP])
             if match["noinc"]:
                 if barrier.pending == 0:
                     raise Violation("mbarrier", "more arrivals than expected", lane)
@@ -350,7 +369,11 @@ def _bulk_load(code: Compiler, ins: Instruction, match: Match) -> Step:
             ((_, offsets, _),) = place(w, "shared", targets[i] + spread, here, 16, "bulk write")
             w.shared.begin_copy(offsets, 16, w.stamps[here], here)
             barrier = _known(w, int(keys[i]), int(lane))
-            barrier.copies.append(Copy(here, offsets, data, np.zeros(len(here), np.int64)))
+            stamps = w.stamps[here]
+            barrier.copies.append(
+                Copy(here, offsets, data, np.zeros(len(here), np.int64), True, stamps)
+            )
+            barrier.tell(w.release(lanes[i : i + 1])[int(lane) // WARP])
             barrier.bytes -= int(sizes[i])
             barrier.settle()
 

@@ -87,10 +87,15 @@ def _warp_barrier(code: Compiler, ins: Instruction, match: Match) -> Control:
 @instruction(r"(membar)\.(cta|gl|sys)")
 @instruction(r"(fence)(\.(sc|acq_rel|acquire|release))?\.(cta|cluster|gpu|sys)")
 @instruction(r"(fence)\.mbarrier_init\.release\.cluster")
-@instruction(r"(fence)\.proxy\.async(\.(global|shared::cta|shared::cluster))?")
 def _fence(code: Compiler, ins: Instruction, match: Match) -> Step:
     """Orders accesses of one thread, which they are here. It orders no two threads."""
     return lambda w: None
+
+
+@instruction(r"(fence)\.proxy\.async(\.(global|shared::cta|shared::cluster))?")
+def _proxy_fence(code: Compiler, ins: Instruction, match: Match) -> Step:
+    """Shows what this thread has stored to bulk copies and products."""
+    return lambda w: w.shared.show_to_async_proxy(w.stamps[w.lanes])
 
 
 @instruction(r"(nanosleep)\.u32")

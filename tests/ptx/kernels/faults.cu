@@ -297,6 +297,50 @@ __global__ void mbarrier_that_never_completes(const float* x, float* y) {
       : "memory");  // FAULT mbarrier_that_never_completes
   y[self()] = x[self()];
 }
+
+// One warp writes what the other one reads, twice, and two mbarriers hand the stage over. kFault: 1
+// reads without a wait, 2 lets go of the stage before it has read.
+__device__ void wait_for(unsigned barrier, unsigned parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ void arrive_at(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+template <int kFault>
+__device__ void handover(const float* x, float* y) {
+  __shared__ float stage[32];
+  __shared__ alignas(8) uint64_t barriers[2];
+  const unsigned full = shared_address(barriers), empty = full + 8;
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 2) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 32;" ::"r"(full + 8 * lane) : "memory");
+  }
+  if (threadIdx.x < 32) stage[lane] = 0;
+  __syncthreads();
+  float sum = 0;
+  if (threadIdx.x < 32) {
+    for (int i = 0; i < 2; ++i) {
+      wait_for(empty, i ^ 1);
+      stage[lane] = x[self()] + i;  // FAULT mbarrier_released_too_early
+      arrive_at(full);
+    }
+  } else {
+    for (int i = 0; i < 2; ++i) {
+      if (kFault != 1) wait_for(full, i);
+      if (kFault == 2) arrive_at(empty);
+      sum += stage[31 - lane];
+      if (kFault != 2) arrive_at(empty);
+    }
+  }
+  y[self()] = sum;
+}
+__global__ void mbarrier_handover(const float* x, float* y) { handover<0>(x, y); }
+__global__ void mbarrier_not_waited_for(const float* x, float* y) { handover<1>(x, y); }
+__global__ void mbarrier_released_too_early(const float* x, float* y) { handover<2>(x, y); }
 #endif
 
 // Others --------------------------------------------------------------------------------------
