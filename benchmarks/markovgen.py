@@ -205,7 +205,8 @@ def quality_table(runs: Sequence[Run]) -> Table:
     """Means over the seeds, with their spread."""
     table = Table(title="means over seeds ± standard deviation", box=box.SIMPLE)
     for column in ("", "rounds", "ms a picture", "speed", "prompt accuracy", "all right", "CMMD"):
-        table.add_column(column, justify="left" if not column else "right")
+        # Where a terminal is narrow, other columns fold; a method's name stays whole.
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     whole = [r.tokens_ms + r.decode_ms + r.text_ms for r in runs if r.method == "muse"]
     for method in METHODS:
         part = [r for r in runs if r.method == method]
