@@ -14,18 +14,11 @@
 
 #include <cstdint>
 
+#include "common/rows.h"
+
 namespace t2p::attention {
 
 constexpr std::int64_t kMostChannels = 512;  // that d and e may be
-
-enum class Format { kF32, kBf16, kF16 };
-
-// A tensor [b, h, rows, channels] whose channels lie side by side; strides in elements.
-struct Rows {
-  void* data = nullptr;
-  Format format = Format::kF32;
-  std::int64_t batch = 0, head = 0, row = 0;
-};
 
 struct Attention {
   Rows q, k, v;       // [b, h, m, d], [b, h, n, d], [b, h, n, e], all of one format

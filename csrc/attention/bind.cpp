@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "attention/attention.h"
+#include "bindings/rows.h"
 #include "bindings/tensor_view.h"
 
 namespace py = pybind11;
@@ -13,24 +14,6 @@ namespace t2p::attention {
 namespace {
 
 constexpr const char* kOp = "attention";
-
-// [b, h, rows, channels] with channels side by side, in any other order.
-Rows rows_of(const char* name, const TensorView& tensor, const TensorView& q, std::int64_t count,
-             std::int64_t channels) {
-  check_same_device(kOp, name, tensor, "q", q);
-  T2P_CHECK_TYPE(tensor.dtype_text() == q.dtype_text(), kOp, ": ", name, " is ",
-                 tensor.dtype_text(), " but q is ", q.dtype_text());
-  T2P_CHECK(tensor.ndim() == 4 && tensor.size(0) == q.size(0) && tensor.size(1) == q.size(1) &&
-                tensor.size(2) == count && tensor.size(3) == channels,
-            kOp, ": ", name, " must be [", q.size(0), ", ", q.size(1), ", ", count, ", ", channels,
-            "], got ", tensor.shape_text());
-  T2P_CHECK(channels <= 1 || tensor.count() == 0 || tensor.stride(3) == 1, kOp, ": ", name,
-            " must have channels side by side, got a stride of ", tensor.stride(3));
-  const Format format = tensor.is_float32()    ? Format::kF32
-                        : tensor.is_bfloat16() ? Format::kBf16
-                                               : Format::kF16;
-  return {tensor.data<void>(), format, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
 
 void forward(const TensorView& q, const TensorView& k, const TensorView& v,
              const std::optional<TensorView>& bias, double scale, const TensorView& out,
@@ -41,15 +24,16 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
             ": q, k and v must have 4 dimensions, got ", q.shape_text(), ", ", k.shape_text(),
             " and ", v.shape_text());
   T2P_CHECK(!q.on_cuda(), kOp, ": q must be on the CPU");
-  const std::int64_t b = q.size(0), m = q.size(2), d = q.size(3), n = k.size(2), e = v.size(3);
+  const std::int64_t b = q.size(0), h = q.size(1), m = q.size(2), d = q.size(3), n = k.size(2),
+                     e = v.size(3);
   T2P_CHECK(d > 0 && d <= kMostChannels && e > 0 && e <= kMostChannels, kOp,
             ": q and v must have 1 to ", kMostChannels, " channels, got ", d, " and ", e);
-  Attention attention{.q = rows_of("q", q, q, m, d),
-                      .k = rows_of("k", k, q, n, d),
-                      .v = rows_of("v", v, q, n, e),
+  Attention attention{.q = rows_of(kOp, "q", q, q, b, h, m, d),
+                      .k = rows_of(kOp, "k", k, q, b, h, n, d),
+                      .v = rows_of(kOp, "v", v, q, b, h, n, e),
                       .bias = nullptr,
                       .b = b,
-                      .h = q.size(1),
+                      .h = h,
                       .m = m,
                       .n = n,
                       .d = d,
@@ -63,7 +47,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
               ": bias must be [", b, ", ", n, "], got ", bias->shape_text());
     attention.bias = bias->data<float>();
   }
-  const Rows rows = rows_of("out", out, q, m, e);
+  const Rows rows = rows_of(kOp, "out", out, q, b, h, m, e);
   py::gil_scoped_release nogil;
   forward_cpu(attention, threads, rows);
 }

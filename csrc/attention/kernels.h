@@ -34,20 +34,6 @@ struct Kernels {
                  std::int64_t begin, std::int64_t end, float* scratch, const Rows& out);
 };
 
-namespace scalar {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_vnni {
-extern const Kernels kKernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kKernels;
-}
+T2P_DECLARE_FOR_ISAS(Kernels, kKernels)
 
 }  // namespace t2p::attention

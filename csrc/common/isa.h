@@ -56,3 +56,22 @@ Isa chosen_isa();
 #define T2P_DISPATCH(name) ((void)::t2p::chosen_isa(), scalar::name)
 #define T2P_DISPATCH_BF16(name) T2P_DISPATCH(name)
 #endif
+
+// What a dispatch helper chooses from, declared: one `name` for every instruction set. Who has no
+// kernel for AVX-512 BF16 does not define that one.
+#define T2P_DECLARE_FOR_ISAS(Type, name) \
+  namespace scalar {                     \
+  extern const Type name;                \
+  }                                      \
+  namespace avx2 {                       \
+  extern const Type name;                \
+  }                                      \
+  namespace avx512 {                     \
+  extern const Type name;                \
+  }                                      \
+  namespace avx512_vnni {                \
+  extern const Type name;                \
+  }                                      \
+  namespace avx512_bf16 {                \
+  extern const Type name;                \
+  }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
 #include "group_norm/group_norm.h"
 
 namespace t2p::group_norm {
@@ -68,20 +69,6 @@ struct Kernels {
                         int rows, void* grad_x);
 };
 
-namespace scalar {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_vnni {
-extern const Kernels kKernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kKernels;
-}
+T2P_DECLARE_FOR_ISAS(Kernels, kKernels)
 
 }  // namespace t2p::group_norm

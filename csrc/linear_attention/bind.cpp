@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bindings/rows.h"
 #include "bindings/tensor_view.h"
 #include "linear_attention/linear_attention.h"
 
@@ -14,24 +15,6 @@ namespace t2p::linear_attention {
 namespace {
 
 constexpr const char* kOp = "linear_attention";
-
-// [b, h, rows, channels] with channels side by side, in any other order.
-Rows rows_of(const char* name, const TensorView& tensor, const TensorView& q, std::int64_t b,
-             std::int64_t h, std::int64_t count, std::int64_t channels) {
-  check_same_device(kOp, name, tensor, "q", q);
-  T2P_CHECK_TYPE(tensor.dtype_text() == q.dtype_text(), kOp, ": ", name, " is ",
-                 tensor.dtype_text(), " but q is ", q.dtype_text());
-  T2P_CHECK(tensor.ndim() == 4 && tensor.size(0) == b && tensor.size(1) == h &&
-                tensor.size(2) == count && tensor.size(3) == channels,
-            kOp, ": ", name, " must be [", b, ", ", h, ", ", count, ", ", channels, "], got ",
-            tensor.shape_text());
-  T2P_CHECK(channels <= 1 || tensor.count() == 0 || tensor.stride(3) == 1, kOp, ": ", name,
-            " must have channels side by side, got a stride of ", tensor.stride(3));
-  const Format format = tensor.is_float32()    ? Format::kF32
-                        : tensor.is_bfloat16() ? Format::kBf16
-                                               : Format::kF16;
-  return {tensor.data<void>(), format, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
 
 float* floats(const char* name, const std::optional<TensorView>& tensor, const TensorView& q,
               const Attention& sizes) {
@@ -62,9 +45,9 @@ Attention attention_of(const TensorView& q, const TensorView& k, const TensorVie
             ": q and v must have 1 to 256 channels, got ", d, " and ", e);
   T2P_CHECK(!causal || m == n, kOp, ": causal attention wants as many keys as queries, got ", n,
             " and ", m);
-  Attention attention{.q = rows_of("q", q, q, b, h, m, d),
-                      .k = rows_of("k", k, q, b, h, n, d),
-                      .v = rows_of("v", v, q, b, h, n, e),
+  Attention attention{.q = rows_of(kOp, "q", q, q, b, h, m, d),
+                      .k = rows_of(kOp, "k", k, q, b, h, n, d),
+                      .v = rows_of(kOp, "v", v, q, b, h, n, e),
                       .mask = nullptr,
                       .offsets = nullptr,
                       .initial_state = nullptr,
@@ -140,7 +123,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
              const std::optional<TensorView>& state, int threads) {
   const Attention attention =
       attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
-  const Rows rows = rows_of("out", out, q, q.size(0), attention.h, attention.m, attention.e);
+  const Rows rows = rows_of(kOp, "out", out, q, q.size(0), attention.h, attention.m, attention.e);
   float* last = floats("state", state, q, attention);
   if (q.on_cuda()) {
     forward_cuda(attention, q.device().id, current_stream(q),
@@ -163,11 +146,11 @@ void backward(const TensorView& q, const TensorView& k, const TensorView& v,
       attention_of(q, k, v, mask, offsets, initial_state, feature, causal, normalize, eps, scale);
   const std::int64_t b = q.size(0), h = attention.h, m = attention.m, n = attention.n;
   const Gradients gradients{
-      .out = rows_of("grad_out", grad_out, q, b, h, m, attention.e),
+      .out = rows_of(kOp, "grad_out", grad_out, q, b, h, m, attention.e),
       .state = floats("grad_state", grad_state, q, attention),
-      .q = rows_of("grad_q", grad_q, q, b, h, m, attention.d),
-      .k = rows_of("grad_k", grad_k, q, b, h, n, attention.d),
-      .v = rows_of("grad_v", grad_v, q, b, h, n, attention.e),
+      .q = rows_of(kOp, "grad_q", grad_q, q, b, h, m, attention.d),
+      .k = rows_of(kOp, "grad_k", grad_k, q, b, h, n, attention.d),
+      .v = rows_of(kOp, "grad_v", grad_v, q, b, h, n, attention.e),
       .initial_state = floats("grad_initial_state", grad_initial_state, q, attention)};
   if (q.on_cuda()) {
     backward_cuda(attention, q.device().id, current_stream(q),

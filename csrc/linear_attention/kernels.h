@@ -49,20 +49,6 @@ struct Kernels {
                    const float* initial, float* scratch, float* factors, float* grad);
 };
 
-namespace scalar {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_vnni {
-extern const Kernels kKernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kKernels;
-}
+T2P_DECLARE_FOR_ISAS(Kernels, kKernels)
 
 }  // namespace t2p::linear_attention

@@ -13,17 +13,11 @@
 
 #include <cstdint>
 
+#include "common/rows.h"
+
 namespace t2p::linear_attention {
 
-enum class Format { kF32, kBf16, kF16 };
 enum class Feature { kRelu, kElu, kIdentity };  // kElu is elu(x) + 1
-
-// A tensor [b, h, n, channels] whose channels lie side by side; strides in elements.
-struct Rows {
-  void* data = nullptr;
-  Format format = Format::kF32;
-  std::int64_t batch = 0, head = 0, row = 0;
-};
 
 struct Attention {
   Rows q, k, v;                 // [b, h, m, d], [b, h, n, d], [b, h, n, e]

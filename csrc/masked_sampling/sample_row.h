@@ -27,18 +27,7 @@ struct RowLogits {
 using SampleRow = Choice (*)(const Round& round, std::int64_t row, const RowLogits& logits,
                              float* scratch);
 
-namespace scalar {
-extern const SampleRow kSampleRow;
-}
-namespace avx2 {
-extern const SampleRow kSampleRow;
-}
-namespace avx512 {
-extern const SampleRow kSampleRow;
-}
-namespace avx512_vnni {
-extern const SampleRow kSampleRow;
-}
+T2P_DECLARE_FOR_ISAS(SampleRow, kSampleRow)
 
 // Functions of masked_sampling.cpp that the kernels call.
 double gumbel(std::uint32_t word);

@@ -72,20 +72,6 @@ struct Kernels {
 // log(a) of mrf.cpp.
 float log_of(float a);
 
-namespace scalar {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_vnni {
-extern const Kernels kKernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kKernels;
-}
+T2P_DECLARE_FOR_ISAS(Kernels, kKernels)
 
 }  // namespace t2p::mrf

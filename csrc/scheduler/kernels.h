@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
 #include "scheduler/scheduler.h"
 
 namespace t2p::scheduler {
@@ -52,17 +53,6 @@ struct Kernels {
 constexpr int kMaxLanes = 16;
 constexpr int kPrefixShift = 20, kPrefixes = 1 << (31 - kPrefixShift);
 
-namespace scalar {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512_vnni {
-extern const Kernels kKernels;
-}
+T2P_DECLARE_FOR_ISAS(Kernels, kKernels)
 
 }  // namespace t2p::scheduler

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
 #include "vq/vq.h"
 
 namespace t2p::vq {
@@ -110,17 +111,6 @@ struct SearchKernels {
                        std::int64_t* indices);  // [count]
 };
 
-namespace scalar {
-extern const SearchKernels kSearch;
-}
-namespace avx2 {
-extern const SearchKernels kSearch;
-}
-namespace avx512 {
-extern const SearchKernels kSearch;
-}
-namespace avx512_vnni {
-extern const SearchKernels kSearch;
-}
+T2P_DECLARE_FOR_ISAS(SearchKernels, kSearch)
 
 }  // namespace t2p::vq

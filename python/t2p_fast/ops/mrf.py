@@ -451,8 +451,8 @@ def mrf_mean_field(
 def mrf_pack(w_c: Tensor) -> Tensor:
     """Label weights in the form that products on a CPU want, for `mrf_mean_field(packed=...)`.
 
-    On a processor with AVX512-BF16, for bfloat16 weights. It takes as long as multiplying a dozen
-    rows; who infers often with the same weights does it once.
+    On a processor with AVX512-BF16, for bfloat16 weights. It takes as long as multiplying some
+    thirty rows; who infers often with the same weights does it once.
 
     Args:
         w_c: ``[v, v]`` bfloat16, on the CPU. If it changes, pack it again.
