@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 namespace t2p {
 
+void bind_results(py::module_& m);
 namespace attention {
 void bind(py::module_& m);
 }
@@ -74,6 +75,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("init", &t2p::init_tensor_road, py::arg("torch"));
   m.def("build_info", &t2p::build_info);
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
+  t2p::bind_results(m);
   t2p::attention::bind(m);
   t2p::group_norm::bind(m);
   t2p::linear_attention::bind(m);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the DLPack 1.x ABI that the bindings read. The layouts are fixed by the DLPack
+// The part of the DLPack 1.x ABI that the bindings read and write. The layouts are fixed by the DLPack
 // specification; the function table is what torch.Tensor.__dlpack_c_exchange_api__ points to, a
 // capsule named "dlpack_exchange_api".
 #pragma once
@@ -30,6 +30,13 @@ struct Tensor {
   std::int64_t* shape;    // [ndim]
   std::int64_t* strides;  // [ndim], in elements
   std::uint64_t byte_offset;
+};
+
+// What a capsule named "dltensor" holds: a tensor and who frees it, once, from any thread.
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
 };
 
 struct Version {

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "common/buffer.h"
-#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "group_norm/group_norm-inl.h"
@@ -20,7 +19,6 @@ namespace {
 
 constexpr std::int64_t kAlone = 1 << 14;        // up to so many elements one thread is faster
 constexpr std::int64_t kPiece = 4 * kBlock;     // elements of a task where a group has several
-constexpr std::int64_t kHugeBytes = 4 << 20;    // from here on a result may hold huge pages
 constexpr std::int64_t kNearBytes = 1 << 20;    // up to so many a near cache holds
 constexpr std::int64_t kLargeBytes = 16 << 20;  // from here on one outgrows the usual last cache
 
@@ -331,7 +329,6 @@ void forward_cpu(const Norm& norm, int threads, void* y, double* statistics) {
   if (count <= kAlone) threads = 1;
   const std::int64_t bytes = count * element_bytes(norm);
   const bool fresh = y != norm.x && y != norm.residual, large = fresh && bytes >= kLargeBytes;
-  if (fresh && bytes >= kHugeBytes) advise_huge_pages(y, bytes);
   const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   norm.channels_last ? channels_last_forward(kernels, norm, threads, large, y, statistics)
                      : contiguous_forward(kernels, norm, threads, large, y, statistics);
@@ -345,8 +342,6 @@ void backward_cpu(const Norm& norm, const void* grad, const double* statistics, 
     return;
   }
   if (count <= kAlone) threads = 1;
-  const std::int64_t bytes = count * element_bytes(norm);
-  if (bytes >= kHugeBytes) advise_huge_pages(grad_x, bytes);
   const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   norm.channels_last
       ? channels_last_backward(kernels, norm, grad, statistics, threads, grad_x, sums)

@@ -18,6 +18,7 @@ _SUBMODULES = (
     "checkpoints",
     "data",
     "interop",
+    "memory",
     "metrics",
     "models",
     "nn",

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from t2p_fast._checks import check_choice, describe, is_plain
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty
 
 __all__ = ["attention"]
 
@@ -45,8 +46,8 @@ def _attend_fake(
 ) -> Tensor:
     b, h, m, _ = q.shape
     if layout == "bnhd":
-        return q.new_empty([b, m, h, v.shape[3]]).transpose(1, 2)
-    return q.new_empty([b, h, m, v.shape[3]])
+        return empty([b, m, h, v.shape[3]], q).transpose(1, 2)
+    return empty([b, h, m, v.shape[3]], q)
 
 
 _attention = define_op(

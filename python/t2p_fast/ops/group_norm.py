@@ -11,6 +11,7 @@ from torch import Tensor
 
 from t2p_fast._checks import check_choice, describe, is_plain
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty_like
 
 __all__ = ["group_norm_silu"]
 
@@ -35,7 +36,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, groups = arguments[:2]
     if x.dtype == torch.float64:
         return _forward_in_torch(*arguments)
-    y, statistics = _forward_fake(*arguments)
+    y = empty_like(x)
+    statistics = x.new_empty((len(x), groups, 2), dtype=torch.float64)
     workspace = _workspace(x, groups, False)
     _kernel(*arguments, workspace, y, statistics, torch.get_num_threads())
     return y, statistics
@@ -62,7 +64,8 @@ def _forward_inplace_fake(*_: Any) -> None:
 def _backward(grad: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return _backward_in_torch(grad, x, statistics, *rest)
-    grad_x, sums = _backward_fake(grad, x)
+    grad_x = empty_like(x)
+    sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
     workspace = _workspace(x, rest[0], True)
     _backward_kernel(grad, x, statistics, *rest, workspace, grad_x, sums, torch.get_num_threads())
     return grad_x, sums

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from t2p_fast._checks import check_choice, describe, under_autocast
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty
 
 __all__ = ["linear_attention"]
 
@@ -85,10 +86,8 @@ def _attend_fake(
 ) -> tuple[Tensor, Tensor]:
     b, h, m, d = q.shape
     e = v.shape[3]
-    if layout == "bnhd":
-        out = q.new_empty([b, m, h, e]).transpose(1, 2)
-    else:
-        out = q.new_empty([b, h, m, e])
+    rows = layout == "bnhd"
+    out = empty([b, m, h, e], q).transpose(1, 2) if rows else empty([b, h, m, e], q)
     s = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty([s, h, d, e + 1] if return_state else [0], dtype=torch.float32)
     return out, state
@@ -131,7 +130,7 @@ def _backward_fake(
     grad_out: Tensor,  # noqa: ARG001
     grad_state: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (empty(x.shape, x) for x in (q, k, v))
     shape = [0] if initial_state is None else initial_state.shape
     return grad_q, grad_k, grad_v, q.new_empty(shape, dtype=torch.float32)
 

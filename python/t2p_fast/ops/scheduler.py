@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2p_fast._checks import is_plain
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty, empty_like
 from t2p_fast.ops.scheduler_autograd import (
     CLIP,
     NO_BOUND,
@@ -63,8 +64,8 @@ def _launch(arguments: tuple[Any, ...], prev: Tensor, x0: Tensor | None) -> None
 
 def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     sample, return_x0 = arguments[0], arguments[-1]
-    prev = sample.new_empty(sample.shape)
-    return prev, sample.new_empty(sample.shape if return_x0 else (0,))
+    prev = empty(sample.shape, sample)
+    return prev, empty(sample.shape if return_x0 else (0,), sample)
 
 
 def _noise(like: Tensor, seeds: Tensor | None, seed: int, offset: int) -> Tensor:
@@ -74,7 +75,7 @@ def _noise(like: Tensor, seeds: Tensor | None, seed: int, offset: int) -> Tensor
 
 
 def _noise_fake(like: Tensor, seeds: Tensor | None, seed: int, offset: int) -> Tensor:  # noqa: ARG001
-    return like.new_empty(like.shape, dtype=torch.float32)
+    return empty(like.shape, like, torch.float32)
 
 
 # Gradients ----------------------------------------------------------------------------------------
@@ -158,7 +159,6 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
-_empty_like = torch.empty_like
 _get_num_threads = torch.get_num_threads
 
 
@@ -176,8 +176,8 @@ def run_step(
     if is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
         try:
             if out is None:
-                prev = _empty_like(sample)
-                x0 = _empty_like(sample) if return_x0 else None
+                prev = empty_like(sample)
+                x0 = empty_like(sample) if return_x0 else None
             else:
                 prev, x0 = out
             if sample.is_cuda:

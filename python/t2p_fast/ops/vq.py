@@ -15,6 +15,7 @@ from torch import Tensor
 
 from t2p_fast._checks import check_choice, describe, is_plain, normalize_dim, under_autocast
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty
 
 __all__ = ["vq_lookup", "vq_nearest", "vq_pack", "vq_quantize"]
 
@@ -31,7 +32,9 @@ def _as_rows(x: Tensor, channel_dim: int) -> Tensor:
 
 def _empty_like_rows(x: Tensor, channel_dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor shaped like `x` that `_as_rows` can view without a copy."""
-    return torch.empty_like(_as_rows(x, channel_dim), dtype=dtype).reshape(x.shape)
+    shape = x.shape
+    rows = [math.prod(shape[:channel_dim]), shape[channel_dim], math.prod(shape[channel_dim + 1 :])]
+    return empty(rows, x, dtype).reshape(shape)
 
 
 def _readable(x: Tensor) -> Tensor:
