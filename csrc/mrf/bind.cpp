@@ -241,6 +241,10 @@ void belief_step(const TensorView& begin, const TensorView& node, const TensorVi
   const std::int64_t count = step.b * step.e * step.v;
   const float* before = floats(kOp, "from", from, count);
   float* after = floats(kOp, "to", to, count);
+  if (unary.on_cuda()) {
+    belief_step_cuda(edges, step, before, unary.device().id, current_stream(unary), after);
+    return;
+  }
   py::gil_scoped_release nogil;
   belief_step_cpu(edges, step, before, threads, after);
 }
@@ -253,6 +257,10 @@ void beliefs(const TensorView& begin, const TensorView& node, const TensorView& 
   const BeliefStep step = belief_of(unary, w_c, reverse, reverse, {}, {}, 0, 0);
   const float* from = floats(kOp, "messages", messages, step.b * step.e * step.v);
   float* out = floats(kOp, "beliefs", to, unary.count());
+  if (unary.on_cuda()) {
+    beliefs_cuda(edges, step, from, unary.device().id, current_stream(unary), out);
+    return;
+  }
   py::gil_scoped_release nogil;
   beliefs_cpu(edges, step, from, threads, out);
 }
@@ -268,6 +276,11 @@ std::int64_t icm(const TensorView& begin, const TensorView& node, const TensorVi
   const float* pairs = floats(kOp, "w_c", w_c, v * v);
   const std::int64_t* fixed = integers(kOp, "known", known, b * n);
   std::int64_t* x = integers(kOp, "labels", labels, b * n);
+  if (unary.on_cuda()) {
+    icm_cuda(edges, scores, pairs, fixed, b, n, v, sweeps, unary.device().id, current_stream(unary),
+             x);
+    return -1;
+  }
   py::gil_scoped_release nogil;
   return icm_cpu(edges, scores, pairs, fixed, b, n, v, sweeps, threads, x);
 }

@@ -157,4 +157,15 @@ struct LabelStep {
 std::int64_t label_parts_cuda(std::int64_t v, int device);
 void label_step_cuda(const LabelStep& step, int device, void* stream, MutableValues next);
 
+// belief_step_cpu, but without `factors`; RuntimeError if v is beyond what shared memory holds.
+void belief_step_cuda(const Edges& edges, const BeliefStep& step, const float* from, int device,
+                      void* stream, float* to);
+void beliefs_cuda(const Edges& edges, const BeliefStep& step, const float* messages, int device,
+                  void* stream, float* beliefs);
+
+// icm_cpu, by the same decisions; how many sweeps it took only the device knows.
+void icm_cuda(const Edges& edges, const float* unary, const float* w_c, const std::int64_t* known,
+              std::int64_t b, std::int64_t n, std::int64_t v, std::int64_t sweeps, int device,
+              void* stream, std::int64_t* labels);
+
 }  // namespace t2p::mrf
