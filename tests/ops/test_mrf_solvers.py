@@ -67,10 +67,10 @@ def _tree(n: int, seed: int) -> Tensor:
 def test_bp_is_exact_on_trees(seed: int, device: torch.device, emulated: bool) -> None:
     if emulated and seed > 0:
         pytest.skip("one tree will do")
-    n, v = 7, 3
+    n, v = 5 if emulated else 7, 3
     unary, w_s, w_c = _random(1, n, v, seed=seed), _tree(n, seed), _symmetric(v, seed + 9, 1.0)
     marginals, best = reference.mrf_marginals(unary[0].double(), w_s.double(), w_c.double())
-    for pairs in (w_s, w_s.to_sparse_csr()):
+    for pairs in (w_s.to_sparse_csr(),) if emulated else (w_s, w_s.to_sparse_csr()):
         field = unary.to(device), pairs.to(device), w_c.to(device)
         beliefs = mrf_bp(*field, temperature=1.0, damping=0.0, iterations=n).cpu()
         torch.testing.assert_close(beliefs.softmax(-1)[0].double(), marginals, rtol=0, atol=1e-5)
@@ -84,7 +84,7 @@ def test_bp_is_exact_on_trees(seed: int, device: torch.device, emulated: bool) -
 def test_bp_is_that_of_the_reference(
     grid: str, temperature: float, v: int, device: torch.device, emulated: bool
 ) -> None:
-    if emulated and (temperature == 0.5 or v == 16 or (v == 70 and grid == "window")):
+    if emulated and (temperature == 0.5 or v == 16 or (v == 70 and grid != "4")):
         pytest.skip("what others show as well")
     b = 1 if emulated else 2
     unary, w_c = 2 * _random(b, 20, v), _symmetric(v, 1)
@@ -96,6 +96,27 @@ def test_bp_is_that_of_the_reference(
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=3e-5)
 
 
+def test_bp_where_shared_memory_is_short(
+    device: torch.device, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges go one at a time; and not at all with more labels than it holds."""
+    if not emulated:
+        pytest.skip("an emulated device has as much as one likes")
+    from ptx import device as emulation
+
+    monkeypatch.setitem(emulation._ATTRIBUTES, 97, 2 << 10)
+    unary, w_c, grid = _random(1, 20, 40).to(device), _symmetric(40, 1).to(device), GRIDS["4"]
+    for temperature in (0.0, 1.0):
+        ours = mrf_bp(unary, grid, w_c, iterations=2, temperature=temperature)
+        truth = reference.mrf_bp(
+            unary.double(), _without_diagonal(grid), w_c.double(), iterations=2, damping=0.5,
+            temperature=temperature,
+        )  # fmt: skip
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=3e-5)
+    with pytest.raises(RuntimeError, match="mrf_bp: on this device v is at most 128, got 129"):
+        mrf_bp(_random(1, 20, 129), grid, 1.0)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_both_schedules_end_alike(grid: str, device: torch.device, emulated: bool) -> None:
     if emulated and grid != "8":
@@ -104,11 +125,11 @@ def test_both_schedules_end_alike(grid: str, device: torch.device, emulated: boo
     ends = [
         mrf_bp(
             unary, _on(GRIDS[grid], device), w_c, temperature=1.0, schedule=schedule,
-            iterations=12 if emulated else 300,
+            iterations=8 if emulated else 300,
         )
         for schedule in ("parallel", "checkerboard")
     ]  # fmt: skip
-    torch.testing.assert_close(*ends, rtol=0, atol=1e-2 if emulated else 1e-4)
+    torch.testing.assert_close(*ends, rtol=0, atol=3e-2 if emulated else 1e-4)
 
 
 def test_bp_reaches_the_energies_of_graph_cuts() -> None:
@@ -134,9 +155,9 @@ def test_bp_reaches_the_energies_of_graph_cuts() -> None:
 
 @pytest.mark.parametrize("pairs", ["dense", "csr", *GRIDS])
 def test_icm_never_raises_the_energy(pairs: str, device: torch.device, emulated: bool) -> None:
-    if emulated and pairs not in ("csr", "8"):
+    if emulated and pairs != "8":
         pytest.skip("edges are edges")
-    b, n, v = 2 if emulated else 3, 20, 11
+    b, n, v = 1 if emulated else 3, 20, 11
     unary, w_c = _random(b, n, v).to(device), _symmetric(v, 1).to(device)
     w_s = _symmetric(n, 2) if pairs in ("dense", "csr") else GRIDS[pairs]
     w_s = w_s.to_sparse_csr() if pairs == "csr" else w_s
