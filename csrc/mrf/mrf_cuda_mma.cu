@@ -59,31 +59,73 @@ __device__ std::uint32_t swizzled(int vector, int piece) {
   return vector * kVectorBytes + (piece ^ (vector % kPieces)) * 16;
 }
 
-// Begins to load the chunk of a tile's rows and labels from `channel` on; zeros where there is
-// none.
-template <class T>
-__device__ void load_chunk(const LabelStep& step, int64_t first_row, int64_t first_label,
-                           int64_t channel, std::uint32_t to) {
-  constexpr int kAtOnce = T::kBlock / kPieces;  // vectors that all threads copy together
-  static_assert(kAtOnce % kPieces == 0 && T::kRows % kAtOnce == 0 && T::kLabels % kAtOnce == 0);
-  const int vector = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-  const int64_t v = step.v, own = channel + piece * kPiece;
-  const auto* const rows = static_cast<const __nv_bfloat16*>(step.mixed);
-  const auto* const labels = static_cast<const __nv_bfloat16*>(step.w_c);
-  to += swizzled(vector, piece);
-#pragma unroll
-  for (int i = 0; i < T::kRows; i += kAtOnce, to += kAtOnce * kVectorBytes) {
-    const int64_t row = first_row + vector + i;
-    const bool there = row < step.r && own < v;
-    copy_async(to, there ? rows + row * v + own : rows, there ? 16 : 0);
-  }
-#pragma unroll
-  for (int i = 0; i < T::kLabels; i += kAtOnce, to += kAtOnce * kVectorBytes) {
-    const int64_t label = first_label + vector + i;
-    const bool there = label < v && own < v;
-    copy_async(to, there ? labels + label * v + own : labels, there ? 16 : 0);
-  }
+__device__ void store_zeros(std::uint32_t to) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
+
+// The compiler would rather compute a number again in every round of a loop than keep it.
+__device__ void keep(int& number) { asm volatile("" : "+r"(number)); }
+__device__ void keep(std::uint32_t& number) { asm volatile("" : "+r"(number)); }
+
+// Copies a tile's rows and labels to shared memory, a chunk of channels after the other. A thread
+// has a piece of every kAtOnce-th vector; all that depends on the vector alone is found out once.
+template <class T>
+class Loader {
+ public:
+  __device__ Loader(const LabelStep& step, int64_t first_row, int64_t first_label,
+                    std::uint32_t stages) {
+    const int vector = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    const int64_t row = first_row + vector, label = first_label + vector;
+    const int64_t v = step.v, channel = piece * kPiece;
+    rows_ = reinterpret_cast<const char*>(step.mixed) + (row * v + channel) * 2;
+    labels_ = reinterpret_cast<const char*>(step.w_c) + (label * v + channel) * 2;
+    pitch_ = static_cast<std::uint32_t>(v * kAtOnce * 2);
+    channels_left_ = static_cast<int>(v - channel);
+    rows_left_ = static_cast<int>(min(step.r - row, int64_t{T::kRows}));
+    labels_left_ = static_cast<int>(min(v - label, int64_t{T::kLabels}));
+    to_ = stages + swizzled(vector, piece);
+    keep(pitch_), keep(rows_left_), keep(labels_left_), keep(to_);
+    // What is beyond the ragged end is never copied, and stays 0.
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      const std::uint32_t to = to_ + stage * T::kStageBytes;
+      for (int i = 0; i < T::kRows; i += kAtOnce) {
+        if (i >= rows_left_) store_zeros(to + i * kVectorBytes);
+      }
+      for (int i = 0; i < T::kLabels; i += kAtOnce) {
+        if (i >= labels_left_) store_zeros(to + (T::kRows + i) * kVectorBytes);
+      }
+    }
+  }
+
+  // Begins to copy the next chunk, and zeros in the place of channels beyond v.
+  __device__ void next(int stage) {
+    const std::uint32_t to = to_ + stage * T::kStageBytes;
+    const int bytes = channels_left_ > 0 ? 16 : 0;
+#pragma unroll
+    for (int i = 0; i < T::kRows / kAtOnce; ++i) {
+      if (i * kAtOnce < rows_left_) {
+        copy_async(to + i * kAtOnce * kVectorBytes, rows_ + i * pitch_, bytes);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < T::kLabels / kAtOnce; ++i) {
+      if (i * kAtOnce < labels_left_) {
+        copy_async(to + (T::kRows + i * kAtOnce) * kVectorBytes, labels_ + i * pitch_, bytes);
+      }
+    }
+    rows_ += kVectorBytes;
+    labels_ += kVectorBytes;
+    channels_left_ -= kChunk;
+  }
+
+ private:
+  static constexpr int kAtOnce = T::kBlock / kPieces;  // vectors that all threads copy together
+  static_assert(kAtOnce % kPieces == 0 && T::kRows % kAtOnce == 0 && T::kLabels % kAtOnce == 0);
+
+  const char *rows_, *labels_;
+  std::uint32_t pitch_, to_;
+  int rows_left_, labels_left_, channels_left_;
+};
 
 template <class Combine>
 __device__ float reduce_of_four(float value, Combine combine) {
@@ -139,14 +181,12 @@ __global__ void __launch_bounds__(T::kBlock)
   const int64_t first_row = blockIdx.x * int64_t{T::kRows};
   const int64_t first_label = blockIdx.y * int64_t{T::kLabels};
   // Where the tile is ragged, some warps only help to copy.
-  const bool busy = first_row + warp_row < step.r && first_label + warp_label < step.v;
+  int busy = first_row + warp_row < step.r && first_label + warp_label < step.v;
 
-  int64_t loaded = 0;
+  Loader<T> loader(step, first_row, first_label, stages);
+  int chunks = static_cast<int>((step.v + kChunk - 1) / kChunk), loaded = 0;
   const auto load_next = [&](int stage) {
-    if (loaded < step.v) {
-      load_chunk<T>(step, first_row, first_label, loaded, stages + stage * T::kStageBytes);
-      loaded += kChunk;
-    }
+    if (loaded++ < chunks) loader.next(stage);
     commit_copies();
   };
 #pragma unroll
@@ -154,16 +194,18 @@ __global__ void __launch_bounds__(T::kBlock)
 
   // Of A the rows lane % 16, of B the labels of two fragments side by side; 16 channels further the
   // piece is another by 2, which the swizzle leaves a change of one bit.
-  const std::uint32_t row_offset = swizzled(warp_row + lane % 16, lane / 16);
-  const std::uint32_t label_offset =
-      swizzled(T::kRows + warp_label + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  std::uint32_t row_offset = stages + swizzled(warp_row + lane % 16, lane / 16);
+  std::uint32_t label_offset =
+      stages + swizzled(T::kRows + warp_label + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   float sums[T::kRowTiles][T::kLabelTiles][4] = {};
+  keep(busy), keep(chunks), keep(row_offset), keep(label_offset);
   int stage = 0;
-  for (int64_t channel = 0; channel < step.v; channel += kChunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_for_copies<T::kStages - 2>();
     __syncthreads();
     load_next(stage == 0 ? T::kStages - 1 : stage - 1);
-    const std::uint32_t slot = stages + stage * T::kStageBytes;
+    const std::uint32_t rows = row_offset + stage * T::kStageBytes;
+    const std::uint32_t labels = label_offset + stage * T::kStageBytes;
     stage = stage == T::kStages - 1 ? 0 : stage + 1;
     if (!busy) continue;
 #pragma unroll
@@ -171,11 +213,11 @@ __global__ void __launch_bounds__(T::kBlock)
       std::uint32_t a[T::kRowTiles][4], b[T::kLabelTiles / 2][4];
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
-        load_matrices(a[m], slot + ((row_offset + m * 16 * kVectorBytes) ^ (k * 32)));
+        load_matrices(a[m], (rows ^ (k * 32)) + m * 16 * kVectorBytes);
       }
 #pragma unroll
       for (int p = 0; p < T::kLabelTiles / 2; ++p) {
-        load_matrices(b[p], slot + ((label_offset + p * 16 * kVectorBytes) ^ (k * 32)));
+        load_matrices(b[p], (labels ^ (k * 32)) + p * 16 * kVectorBytes);
       }
 #pragma unroll
       for (int n = 0; n < T::kLabelTiles; ++n) {
