@@ -62,6 +62,20 @@ void update_cuda(Values, const float*, Values, std::int64_t, std::int64_t, float
 void message_cuda(const Edges&, const Positions&, Values, std::int64_t, int, void*, MutableValues) {
   built_without_cuda("mrf_mean_field");
 }
+std::int64_t label_parts_cuda(std::int64_t, int) { return 0; }
+void label_step_cuda(const LabelStep&, int, void*, MutableValues) {
+  built_without_cuda("mrf_mean_field");
+}
+void belief_step_cuda(const Edges&, const BeliefStep&, const float*, int, void*, float*) {
+  built_without_cuda("mrf_bp");
+}
+void beliefs_cuda(const Edges&, const BeliefStep&, const float*, int, void*, float*) {
+  built_without_cuda("mrf_bp");
+}
+void icm_cuda(const Edges&, const float*, const float*, const std::int64_t*, std::int64_t,
+              std::int64_t, std::int64_t, std::int64_t, int, void*, std::int64_t*) {
+  built_without_cuda("mrf_icm");
+}
 
 }  // namespace mrf
 

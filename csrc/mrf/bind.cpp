@@ -128,6 +128,39 @@ void message(const TensorView& begin, const TensorView& node, const TensorView& 
   message_cpu(edges, positions, from, v, threads, out);
 }
 
+bool on_boundary(const TensorView& tensor) {
+  return reinterpret_cast<std::uintptr_t>(tensor.data<void>()) % 16 == 0;
+}
+
+// 0 where label_step has no kernel for these.
+std::int64_t label_parts(const TensorView& unary, const TensorView& w_c) {
+  const bool fits = w_c.on_cuda() && w_c.is_bfloat16() && w_c.contiguous() && on_boundary(w_c) &&
+                    on_boundary(unary);
+  return fits ? label_parts_cuda(w_c.size(0), w_c.device().id) : 0;
+}
+
+void label_step(const TensorView& mixed, const TensorView& w_c, const TensorView& unary,
+                const Optional& previous, double damping, double temperature,
+                const TensorView& logits, const TensorView& sums, const TensorView& next) {
+  constexpr const char* kOp = "mrf_mean_field";
+  const std::int64_t parts = label_parts(unary, w_c), r = unary.size(0), v = unary.size(1);
+  T2P_CHECK(parts > 0, kOp, ": there is no kernel for this w_c, of ", w_c.dtype_text(), " and ",
+            w_c.shape_text());
+  T2P_CHECK_TYPE(mixed.is_bfloat16(), kOp, ": mixed must be bfloat16, got ", mixed.dtype_text());
+  const LabelStep step{.mixed = values(kOp, "mixed", mixed, r * v).data,
+                       .w_c = values(kOp, "w_c", w_c, v * v).data,
+                       .unary = floats(kOp, "unary", unary, r * v),
+                       .previous = values_or_null(kOp, "previous", previous, r * v),
+                       .r = r,
+                       .v = v,
+                       .parts = parts,
+                       .damping = static_cast<float>(damping),
+                       .temperature = static_cast<float>(temperature),
+                       .logits = floats(kOp, "logits", logits, r * v),
+                       .sums = floats(kOp, "sums", sums, r * parts * 2)};
+  label_step_cuda(step, w_c.device().id, current_stream(w_c), values(kOp, "next", next, r * v));
+}
+
 std::int32_t* packed_labels(const TensorView& tensor, std::int64_t v) {
   constexpr const char* kOp = "mrf_mean_field";
   T2P_CHECK_TYPE(tensor.is_uint8(), kOp, ": packed must be uint8, got ", tensor.dtype_text());
@@ -208,6 +241,10 @@ void belief_step(const TensorView& begin, const TensorView& node, const TensorVi
   const std::int64_t count = step.b * step.e * step.v;
   const float* before = floats(kOp, "from", from, count);
   float* after = floats(kOp, "to", to, count);
+  if (unary.on_cuda()) {
+    belief_step_cuda(edges, step, before, unary.device().id, current_stream(unary), after);
+    return;
+  }
   py::gil_scoped_release nogil;
   belief_step_cpu(edges, step, before, threads, after);
 }
@@ -220,6 +257,10 @@ void beliefs(const TensorView& begin, const TensorView& node, const TensorView& 
   const BeliefStep step = belief_of(unary, w_c, reverse, reverse, {}, {}, 0, 0);
   const float* from = floats(kOp, "messages", messages, step.b * step.e * step.v);
   float* out = floats(kOp, "beliefs", to, unary.count());
+  if (unary.on_cuda()) {
+    beliefs_cuda(edges, step, from, unary.device().id, current_stream(unary), out);
+    return;
+  }
   py::gil_scoped_release nogil;
   beliefs_cpu(edges, step, from, threads, out);
 }
@@ -235,6 +276,11 @@ std::int64_t icm(const TensorView& begin, const TensorView& node, const TensorVi
   const float* pairs = floats(kOp, "w_c", w_c, v * v);
   const std::int64_t* fixed = integers(kOp, "known", known, b * n);
   std::int64_t* x = integers(kOp, "labels", labels, b * n);
+  if (unary.on_cuda()) {
+    icm_cuda(edges, scores, pairs, fixed, b, n, v, sweeps, unary.device().id, current_stream(unary),
+             x);
+    return -1;
+  }
   py::gil_scoped_release nogil;
   return icm_cpu(edges, scores, pairs, fixed, b, n, v, sweeps, threads, x);
 }
@@ -250,6 +296,10 @@ void bind(py::module_& m) {
         py::arg("said").none(true), py::arg("q").none(true), py::arg("threads"));
   m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
+  m.def("mrf_label_parts", &label_parts, py::arg("unary"), py::arg("w_c"));
+  m.def("mrf_label_step", &label_step, py::arg("mixed"), py::arg("w_c"), py::arg("unary"),
+        py::arg("previous").none(true), py::arg("damping"), py::arg("temperature"),
+        py::arg("logits"), py::arg("sums"), py::arg("next"));
   m.def("mrf_packed_size", &packed_labels_size, py::arg("v"));
   m.def("mrf_pack", &pack_labels, py::arg("w_c"), py::arg("packed"), py::arg("threads"));
   m.def("mrf_label_product", &label_product, py::arg("rows"), py::arg("packed"), py::arg("message"),

@@ -140,4 +140,32 @@ void update_cuda(Values message, const float* unary, Values previous, std::int64
 void message_cuda(const Edges& edges, const Positions& positions, Values q, std::int64_t v,
                   int device, void* stream, MutableValues message);
 
+// update_cuda with dense label weights, where the message is mixed W_c^T, by tensor cores. Products
+// are exact, sums float32. A NaN, +inf, or a row of nothing but -inf make the row NaN.
+struct LabelStep {
+  const void* mixed;   // [r, v] bfloat16
+  const void* w_c;     // [v, v] bfloat16
+  const float* unary;  // [r, v]
+  Values previous;     // [r, v], or null if damping is 0
+  std::int64_t r, v;   // v a multiple of 8; all arrays on 16-byte boundaries
+  std::int64_t parts;  // label_parts_cuda(v)
+  float damping, temperature;
+  float* logits;  // [r, v], workspace
+  float* sums;    // [r, parts, 2], workspace
+};
+// In how many parts a row of v labels is reduced, or 0 where there is no such kernel for them.
+std::int64_t label_parts_cuda(std::int64_t v, int device);
+void label_step_cuda(const LabelStep& step, int device, void* stream, MutableValues next);
+
+// belief_step_cpu, but without `factors`; RuntimeError if v is beyond what shared memory holds.
+void belief_step_cuda(const Edges& edges, const BeliefStep& step, const float* from, int device,
+                      void* stream, float* to);
+void beliefs_cuda(const Edges& edges, const BeliefStep& step, const float* messages, int device,
+                  void* stream, float* beliefs);
+
+// icm_cpu, by the same decisions; how many sweeps it took only the device knows.
+void icm_cuda(const Edges& edges, const float* unary, const float* w_c, const std::int64_t* known,
+              std::int64_t b, std::int64_t n, std::int64_t v, std::int64_t sweeps, int device,
+              void* stream, std::int64_t* labels);
+
 }  // namespace t2p::mrf

@@ -1,53 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plain CUDA road, for any architecture: a block per row, as in mrf-inl.h. The products with a
-// dense W_s or W_c are the caller's.
+// dense W_s or W_c are the caller's, or those of mrf_cuda_mma.cu.
 //
 //   next = (1 - damping) softmax((scale message + unary) / temperature) + damping previous
 //   message[row] = sum_e weight[e] q[node[e]]
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
 #include "mrf/mrf.h"
+#include "mrf/mrf_cuda.cuh"
 
 namespace t2p::mrf {
 namespace {
 
 using std::int64_t;
-
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ float infinity() { return __int_as_float(0x7f800000); }
-
-__device__ float get(Values values, int64_t at) {
-  if (values.format == Format::kF32) return static_cast<const float*>(values.data)[at];
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(values.data)[at]);
-}
-
-__device__ void put(MutableValues values, int64_t at, float value) {
-  if (values.format == Format::kF32) {
-    static_cast<float*>(values.data)[at] = value;
-  } else {
-    static_cast<__nv_bfloat16*>(values.data)[at] = __float2bfloat16_rn(value);
-  }
-}
-
-// One value for the whole block. `shared` has kWarps elements.
-template <class Combine>
-__device__ float block_reduce(float value, float* shared, Combine combine) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float total = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
-  return total;
-}
 
 // A row is read three times, of which the cache serves two; a NaN makes all of it NaN.
 __global__ void __launch_bounds__(kThreads)
@@ -62,10 +30,10 @@ __global__ void __launch_bounds__(kThreads)
   };
   float most = -infinity();
   for (int64_t a = threadIdx.x; a < v; a += kThreads) most = fmaxf(most, x(a));
-  most = block_reduce(most, shared, [](float a, float b) { return fmaxf(a, b); });
+  most = block_reduce(most, shared, Larger());
   float sum = 0;
   for (int64_t a = threadIdx.x; a < v; a += kThreads) sum += expf(x(a) - most);
-  sum = block_reduce(sum, shared, [](float a, float b) { return a + b; });
+  sum = block_reduce(sum, shared, Sum());
   const float share = (1 - damping) / sum;
   for (int64_t a = threadIdx.x; a < v; a += kThreads) {
     float value = expf(x(a) - most) * share;

@@ -27,6 +27,7 @@ from t2p_fast.ops.mrf_graph import (
     grid_edges,
     offset_index,
 )
+from t2p_fast.ops.mrf_tensor_cores import LabelStep
 
 __all__ = ["mrf_energy", "mrf_mean_field", "mrf_pack"]
 
@@ -180,6 +181,7 @@ def _mean_field(
     by_hand = low and w_b is None and packed is not None and 0 < len(scores) <= _FEW_ROWS
     if by_hand:
         message = torch.empty_like(scores)
+    fused = LabelStep(scores, w_c) if low and w_b is None and scores.is_cuda else None
     bad = _C.mrf_update(None, scores, None, 1.0, 0.0, temperature, q, threads)
     if bad >= 0:
         raise _bad_unary(int(pictures.row[bad]) % pictures.n)
@@ -196,8 +198,11 @@ def _mean_field(
                 _C.mrf_message(*edges, pictures.slot, pictures.row, q, mixed, threads)
             elif matrix is not None:
                 pictures.mix(matrix, q, mixed)
+            said: Tensor | None = None
             if potts:
                 said = mixed
+            elif fused is not None and fused.fits:
+                fused(mixed, previous, damping, temperature, to)
             elif w_b is not None:
                 said = torch.mm(mixed @ w_b, w_c.T, out=message)
             elif transposed is not None:
@@ -207,7 +212,8 @@ def _mean_field(
                 said = message
             else:
                 said = torch.mm(mixed, w_c.T, out=message)
-            _C.mrf_update(said, scores, previous, scale, damping, temperature, to, threads)
+            if said is not None:
+                _C.mrf_update(said, scores, previous, scale, damping, temperature, to, threads)
         q, fresh = to, q
     return pictures.fill(q.view(-1, v)).to(unary.dtype)
 

@@ -59,7 +59,7 @@ def mrf_alpha_expansion(
         raise ImportError(f"{op}: needs scipy: pip install 't2p-fast[cuts]'") from error
     if cycles < 1:
         raise ValueError(f"{op}: cycles is {cycles}, expected at least 1")
-    unary, edges, labels = solver_problem(op, unary, w_s, w_c)
+    unary, edges, labels = solver_problem(op, unary, w_s, w_c, cuda=False)
     reverse_edges(op, edges)
     for name, tensor in (("init", init), ("known", known)):
         if tensor is not None:

@@ -20,7 +20,7 @@ from t2p_fast.ops.mrf_graph import (
 __all__ = ["mrf_bp", "mrf_icm"]
 
 
-# The kernels, for CPU tensors, each beside its fake -----------------------------------------------
+# The kernels, for CPU and CUDA tensors, each beside its fake --------------------------------------
 
 
 def _icm(
@@ -69,7 +69,7 @@ def _bp(
     messages = unary.new_zeros(b, node.shape[0], v)
     other = torch.empty_like(messages) if len(counts) == 1 else messages
     parts = order.split(counts)
-    factors, factor_of = _factors(weight, w_c, temperature)
+    factors, factor_of = (None, None) if unary.is_cuda else _factors(weight, w_c, temperature)
     for _ in range(iterations):
         for part in parts:
             _C.mrf_belief_step(
@@ -140,7 +140,8 @@ def mrf_icm(
     """Iterated conditional modes (Besag, 1986): greedy descent of `mrf_energy`.
 
     Each position in turn takes the label that is best beside its neighbours' present ones, until a
-    sweep changes nothing. The energy never rises. CPU only.
+    sweep changes nothing. The best is found by float32 sums, of equal ones the first, and has to
+    beat the present label by float64 sums, so that the energy never rises.
 
     Args:
         unary: ``[b, n, v]`` scores, finite or -inf.
@@ -182,7 +183,7 @@ def mrf_bp(
     """Loopy belief propagation: max-product, sum-product, and what lies between.
 
     Exact on trees: at temperature 1 ``softmax(beliefs)`` are the marginals of ``exp(-E)``, at
-    temperature 0 ``beliefs.argmax(-1)`` are the labels of least `mrf_energy`. CPU only.
+    temperature 0 ``beliefs.argmax(-1)`` are the labels of least `mrf_energy`.
 
     Args:
         unary: ``[b, n, v]`` scores, finite or -inf.
@@ -197,6 +198,10 @@ def mrf_bp(
     Returns:
         Beliefs, ``[b, n, v]`` float32: unary scores plus incoming messages.
 
+    Raises:
+        ValueError: shapes, numbers or symmetry do not fit. On CUDA, too, looking costs a wait.
+        RuntimeError: on CUDA `v` is more than shared memory holds, some 8,000 at least.
+
     Complexity:
         ``O(b e v^2)`` an iteration; memory ``O(b e v)``.
     """
@@ -210,7 +215,7 @@ def mrf_bp(
     check_choice(op, "schedule", schedule, ("parallel", "checkerboard"))
     unary, edges, labels = solver_problem(op, unary, w_s, w_c)
     reverse = reverse_edges(op, edges)
-    order, counts = torch.arange(unary.shape[1]), [unary.shape[1]]
+    order, counts = torch.arange(unary.shape[1], device=unary.device), [unary.shape[1]]
     if schedule == "checkerboard":
         if not isinstance(w_s, GridWeights):
             raise ValueError(f"{op}: schedule 'checkerboard' needs GridWeights as w_s")
@@ -222,20 +227,20 @@ def mrf_bp(
 
 
 def solver_problem(
-    op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights
+    op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights, *, cuda: bool = True
 ) -> tuple[Tensor, Edges, Tensor]:
     """Checked, in float32, with the label weights as a matrix."""
     check_unary(op, unary)
     _, n, v = unary.shape
     check_pairs(op, w_s, n, unary.device)
     check_labels(op, w_c, v, unary.device)
-    if unary.device.type == "cuda":
+    if unary.device.type == "cuda" and not cuda:
         raise ValueError(f"{op}: unary is on {unary.device}, this op runs on the CPU alone")
     first, second = unpack_labels(w_c, unary)
     if second is not None:
         labels = first.float() @ second.float().T
     elif first.ndim == 0:
-        labels = first.float() * torch.eye(v)
+        labels = first.float() * torch.eye(v, device=unary.device)
     else:
         labels = first.float()
     # Weights of low rank are symmetric up to rounding.
@@ -252,7 +257,8 @@ def solver_problem(
 def _colours(w_s: GridWeights) -> tuple[Tensor, list[int]]:
     """The positions, colour by colour, so that no two of a colour are neighbours."""
     table, height, width = w_s
-    chosen = (table != 0).nonzero() - torch.tensor([table.shape[0] // 2, table.shape[1] // 2])
+    middle = torch.tensor([table.shape[0] // 2, table.shape[1] // 2])
+    chosen = (table != 0).cpu().nonzero() - middle
     chosen = chosen[chosen.abs().sum(1) > 0]
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
     if len(chosen) == 0 or int(chosen.abs().sum(1).max()) == 1:
@@ -261,4 +267,4 @@ def _colours(w_s: GridWeights) -> tuple[Tensor, list[int]]:
         reach_y, reach_x = (int(c) + 1 for c in chosen.abs().amax(0))
         colour = y % reach_y * reach_x + x % reach_x
     colour = colour.flatten()
-    return colour.argsort(stable=True), colour.bincount().tolist()
+    return colour.argsort(stable=True).to(table.device), colour.bincount().tolist()

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA kernels of this op share.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "mrf/mrf.h"
+
+namespace t2p::mrf {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ inline float get(Values values, std::int64_t at) {
+  if (values.format == Format::kF32) return static_cast<const float*>(values.data)[at];
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(values.data)[at]);
+}
+
+__device__ inline void put(MutableValues values, std::int64_t at, float value) {
+  if (values.format == Format::kF32) {
+    static_cast<float*>(values.data)[at] = value;
+  } else {
+    static_cast<__nv_bfloat16*>(values.data)[at] = __float2bfloat16_rn(value);
+  }
+}
+
+struct Larger {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Sum {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+
+// One value for the whole block of kThreads. `shared` has kWarps elements.
+template <class Combine>
+__device__ float block_reduce(float value, float* shared, Combine combine) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+  }
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float total = shared[0];
+  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
+  return total;
+}
+
+}  // namespace t2p::mrf
