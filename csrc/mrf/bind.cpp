@@ -89,7 +89,8 @@ std::int64_t update(const Optional& message, const TensorView& unary, const Opti
 
 std::int64_t low_rank_step(const TensorView& unary, const TensorView& row, const Optional& heard,
                            const TensorView& a, const TensorView& b, double temperature,
-                           const Optional& said, const Optional& q, int threads) {
+                           const Optional& said, const Optional& q, const Optional& labels,
+                           int threads) {
   constexpr const char* kOp = "mrf_mean_field";
   T2P_CHECK(a.ndim() == 2 && unary.ndim() == 2 && unary.size(1) == a.size(1), kOp,
             ": unary must be [., v] and a [k, v], got ", unary.shape_text(), " and ",
@@ -107,8 +108,9 @@ std::int64_t low_rank_step(const TensorView& unary, const TensorView& row, const
                          .temperature = static_cast<float>(temperature)};
   float* to = said ? floats(kOp, "said", *said, r * k) : nullptr;
   float* out = q ? floats(kOp, "q", *q, unary.count()) : nullptr;
+  std::int64_t* found = labels ? integers(kOp, "labels", *labels, unary.count() / v) : nullptr;
   py::gil_scoped_release nogil;
-  return low_rank_step_cpu(step, threads, to, out);
+  return low_rank_step_cpu(step, threads, to, out, found);
 }
 
 void message(const TensorView& begin, const TensorView& node, const TensorView& weight,
@@ -293,7 +295,8 @@ void bind(py::module_& m) {
         py::arg("temperature"), py::arg("next"), py::arg("threads"));
   m.def("mrf_low_rank_step", &low_rank_step, py::arg("unary"), py::arg("row"),
         py::arg("heard").none(true), py::arg("a"), py::arg("b"), py::arg("temperature"),
-        py::arg("said").none(true), py::arg("q").none(true), py::arg("threads"));
+        py::arg("said").none(true), py::arg("q").none(true), py::arg("labels").none(true),
+        py::arg("threads"));
   m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
   m.def("mrf_label_parts", &label_parts, py::arg("unary"), py::arg("w_c"));

@@ -34,7 +34,7 @@ struct Kernels {
   // low_rank_step_cpu for the rows [first, first + count), at most kLowRankRows. The first whose
   // maximum is not finite, or -1. `scratch` has kLowRankRows times v floats and a vector.
   std::int64_t (*low_rank_rows)(const LowRankStep& step, std::int64_t first, std::int64_t count,
-                                float* scratch, float* said, float* q);
+                                float* scratch, float* said, float* q, std::int64_t* labels);
 
   // message_cpu for one row, into v floats.
   void (*gather)(const Edges& edges, const Positions& positions, Values q, std::int64_t row,

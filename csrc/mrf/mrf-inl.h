@@ -251,7 +251,7 @@ bool update_row(Values message, const float* unary, Values previous, std::int64_
 }
 
 std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int64_t count,
-                           float* scratch, float* said, float* q) {
+                           float* scratch, float* said, float* q, std::int64_t* labels) {
   const std::int64_t stride = step.v + kLanes;
   const float* unary[kLowRankRows];
   float heard[kLowRankRows * kMostRank], answer[kLowRankRows * kMostRank];
@@ -269,6 +269,10 @@ std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int
   for (std::int64_t r = 0; r < count; ++r) {
     const bool finite = largest[r] > -kInfinity;
     if (!finite && bad < 0) bad = first + r;
+    if (labels != nullptr) {
+      labels[step.row[first + r]] = finite ? first_of(scratch + r * stride, step.v, largest[r]) : 0;
+    }
+    if (said == nullptr && q == nullptr) continue;
     const double total = exponentials_of(scratch + r * stride, step.v, largest[r]);
     share[r] = finite ? static_cast<float>(1.0 / total) : __builtin_nanf("");
     if (q == nullptr) continue;

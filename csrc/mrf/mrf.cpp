@@ -73,7 +73,8 @@ std::int64_t update_cpu(Values message, const float* unary, Values previous, std
   return bad < r ? bad.load() : -1;
 }
 
-std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said, float* q) {
+std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said, float* q,
+                               std::int64_t* labels) {
   const Kernels& kernels = T2P_DISPATCH(kKernels);
   std::atomic<std::int64_t> bad{step.r};
   parallel_for(threads, ceil_div(step.r, kLowRankRows), [&](std::int64_t task) {
@@ -81,7 +82,7 @@ std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said
     scratch.reserve(kLowRankRows * (step.v + kMostLanes));
     const std::int64_t first = task * kLowRankRows;
     const std::int64_t count = std::min<std::int64_t>(kLowRankRows, step.r - first);
-    note(bad, kernels.low_rank_rows(step, first, count, scratch.data(), said, q));
+    note(bad, kernels.low_rank_rows(step, first, count, scratch.data(), said, q, labels));
   });
   return bad < step.r ? bad.load() : -1;
 }

@@ -65,10 +65,11 @@ struct LowRankStep {
   std::int64_t r, v, k;
   float temperature;
 };
-// Returns the first of r rows whose maximum is not finite, or -1.
+// Returns the first of r rows whose maximum is not finite, and whose label is 0, or -1.
 std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads,
-                               float* said,  // [r, k], or null
-                               float* q);    // [., v], or null
+                               float* said,            // [r, k], or null
+                               float* q,               // [., v], or null
+                               std::int64_t* labels);  // [.], the likeliest, or null
 
 // message[row] = sum_e weight[e] q[node[e]], the spatial message of Algorithm 1, line 3.
 void message_cpu(const Edges& edges, const Positions& positions,

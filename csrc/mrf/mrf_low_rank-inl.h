@@ -80,6 +80,16 @@ void hear(const LowRankStep& step, const float* const (&unary)[kLowRankRows], co
   }
 }
 
+// The place of the first of v numbers, filled up to a whole vector, that is the largest.
+std::int64_t first_of(const float* x, std::int64_t v, float largest) {
+  constexpr std::uint32_t kAll = (1u << kLanes) - 1;
+  for (std::int64_t a = 0; a < v; a += kLanes) {
+    const std::uint32_t smaller = bits(less(load(x + a), broadcast(largest)));
+    if (smaller != kAll) return a + __builtin_ctz(~smaller);
+  }
+  return 0;
+}
+
 // said [rows, k] = share scratch [rows, stride] B.
 void say(const LowRankStep& step, const float* scratch, std::int64_t stride,
          const float (&share)[kLowRankRows], float* said) {

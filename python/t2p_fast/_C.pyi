@@ -156,6 +156,7 @@ def mrf_low_rank_step(
     temperature: float,
     said: Tensor | None,
     q: Tensor | None,
+    labels: Tensor | None,
     threads: int,
 ) -> int: ...
 def mrf_label_parts(unary: Tensor, w_c: Tensor) -> int: ...

@@ -17,6 +17,7 @@ from t2p_fast.ops import (
     codebook_labels,
     grid_neighbours,
     mrf_energy,
+    mrf_likeliest,
     mrf_mean_field,
     mrf_pack,
 )
@@ -128,6 +129,13 @@ def test_mean_field_is_that_of_the_reference(
         fixed = known >= 0
         assert torch.equal(ours[fixed].argmax(-1), known[fixed])
         assert (ours[fixed].amax(-1) == 1).all()
+    likeliest = mrf_likeliest(
+        unary.to(device), _to(w_s, device), _to(w_c, device),
+        known=None if known is None else known.to(device), **options,
+    ).cpu()  # fmt: skip
+    assert torch.equal(likeliest[known >= 0], known[known >= 0]) if known is not None else True
+    reached = truth.gather(-1, likeliest[..., None])[..., 0]
+    assert float((truth.amax(-1) - reached).amax()) <= 6e-5
 
 
 @pytest.mark.parametrize("rank", [1, 256, 257])
@@ -151,7 +159,7 @@ def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
         f.double(), w_s.double(), w_c.double(), iterations=3, known=known
     )
     packed, before = mrf_pack(w_c), torch.get_num_threads()
-    assert packed.numel() in (0, 4 * -(-v // 32) * 32 * -(-v // 512) * 256)
+    assert packed.numel() in (0, 4 * v * v, 4 * -(-v // 32) * 32 * -(-v // 512) * 256)
     try:
         torch.set_num_threads(threads)
         ours = mrf_mean_field(f, w_s, w_c, iterations=3, known=known, packed=packed)
@@ -159,6 +167,25 @@ def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
         torch.set_num_threads(before)
     plain = mrf_mean_field(f, w_s, w_c, iterations=3, known=known)
     assert float((ours - truth).abs().max()) <= max(2e-2, float((plain - truth).abs().max()))
+
+
+def test_of_equals_the_likeliest_is_the_first() -> None:
+    w_c = LowRank(torch.zeros(70, 2), torch.zeros(70, 2))
+    f = torch.full((1, 3, 70), -1.0)
+    f[0, 0, [5, 40, 69]] = f[0, 1, [69, 33]] = 2
+    assert mrf_likeliest(f, torch.zeros(3, 3), w_c).tolist() == [[5, 33, 0]]
+
+
+def test_likeliest_refuses_and_has_no_gradient() -> None:
+    f, w_s = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(2, 2)
+    assert not mrf_likeliest(f, w_s, LowRank(torch.zeros(4, 1), torch.zeros(4, 1))).requires_grad
+    with pytest.raises(ValueError, match="mrf_likeliest: iterations is 0, expected at least 1"):
+        mrf_likeliest(f, w_s, 1.0, iterations=0)
+    with pytest.raises(ValueError, match="unary of position 1 has a NaN"):
+        mrf_likeliest(
+            torch.tensor([[[0.0, 1.0], [float("nan"), 0.0]]]), w_s,
+            LowRank(torch.zeros(2, 1), torch.zeros(2, 1)),
+        )  # fmt: skip
 
 
 def test_packing_label_weights_refuses() -> None:

@@ -199,7 +199,8 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
                                     .v = v,
                                     .k = 5,
                                     .temperature = temperature + 1};
-    t2p::mrf::low_rank_step_cpu(low, threads, said.data(), full.data());
+    std::vector<std::int64_t> likeliest(full.size() / v);
+    t2p::mrf::low_rank_step_cpu(low, threads, said.data(), full.data(), likeliest.data());
     if (threads == 1) first_said = said;
     require(first_said == said, "the same words for any number of threads");
     for (const bool known_factors : {false, true}) {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2p_fast.checkpoints import PretrainedModel, check_numbers
 from t2p_fast.nn._packed import WeightState, can_be_kept
-from t2p_fast.ops import LowRank, mrf_mean_field, mrf_pack
+from t2p_fast.ops import LowRank, mrf_likeliest, mrf_mean_field, mrf_pack
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,13 @@ class TokenMRF(PretrainedModel):
         Returns:
             ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`.
         """
-        w_c = self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
-        return mrf_mean_field(
-            unary, self.w_s, w_c, iterations=self.config.iterations, known=known,
-            packed=self._packed_labels(),
-        )  # fmt: skip
+        return mrf_mean_field(unary, self.w_s, self._labels(), known=known, **self._options())
+
+    def _labels(self) -> Tensor | LowRank:
+        return self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
+
+    def _options(self) -> dict[str, Any]:
+        return {"iterations": self.config.iterations, "packed": self._packed_labels()}
 
     def _packed_labels(self) -> Tensor | None:
         """Label weights in bfloat16, outside of training: packed once for all calls."""
@@ -114,5 +116,5 @@ class TokenMRF(PretrainedModel):
             Tokens ``[b, n]``.
         """
         masked = tokens == self.config.vocab_size
-        q = self(scores, tokens.masked_fill(masked, -1))
-        return torch.where(masked, q.argmax(-1), tokens)
+        known = tokens.masked_fill(masked, -1)
+        return mrf_likeliest(scores, self.w_s, self._labels(), known=known, **self._options())

@@ -6,7 +6,7 @@ from t2p_fast.ops.group_norm import group_norm_silu
 from t2p_fast.ops.kmeans import KMeansResult, kmeans
 from t2p_fast.ops.linear_attention import linear_attention
 from t2p_fast.ops.masked_sampling import MaskedSample, mask_counts, masked_sample
-from t2p_fast.ops.mrf import mrf_energy, mrf_mean_field, mrf_pack
+from t2p_fast.ops.mrf import mrf_energy, mrf_likeliest, mrf_mean_field, mrf_pack
 from t2p_fast.ops.mrf_cuts import mrf_alpha_expansion
 from t2p_fast.ops.mrf_graph import GridWeights, LowRank, codebook_labels, grid_neighbours
 from t2p_fast.ops.mrf_solvers import mrf_bp, mrf_icm
@@ -31,6 +31,7 @@ __all__ = [
     "mrf_bp",
     "mrf_energy",
     "mrf_icm",
+    "mrf_likeliest",
     "mrf_mean_field",
     "mrf_pack",
     "scheduler_noise",

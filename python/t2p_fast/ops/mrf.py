@@ -11,6 +11,8 @@ from torch import Tensor
 
 from t2p_fast._checks import check_choice, describe, under_autocast
 from t2p_fast._library import _C, define_op
+from t2p_fast.memory import empty, empty_like
+from t2p_fast.ops.mrf_autograd import mean_field_backward, mean_field_setup_context
 from t2p_fast.ops.mrf_graph import (
     Edges,
     GridWeights,
@@ -25,11 +27,10 @@ from t2p_fast.ops.mrf_graph import (
     dense_grid,
     edge_starts,
     grid_edges,
-    offset_index,
 )
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
 
-__all__ = ["mrf_energy", "mrf_mean_field", "mrf_pack"]
+__all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 
 
 # Mean field: the kernels, for CPU and CUDA tensors, beside their fake -----------------------------
@@ -37,6 +38,8 @@ __all__ = ["mrf_energy", "mrf_mean_field", "mrf_pack"]
 
 _FEW_ROWS = 128  # up to which packed label weights are faster than torch's product
 _MOST_RANK = 256  # that the kernel for label weights of low rank takes
+# Elsewhere products of bfloat16 on a CPU take several times as long as those of float32.
+_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 def _check_labels_known(known: Tensor | None, v: int) -> None:
@@ -95,32 +98,34 @@ class _Pictures:
 def _low_rank(
     unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
     w_c: Tensor, w_b: Tensor, known: Tensor | None, iterations: int, temperature: float,
+    labels_alone: bool,
 ) -> Tensor:  # fmt: skip
     """Mean field with ``W_c = a b^T`` on a CPU: what positions say to each other is ``q b``.
 
     ``W_s q (a b^T)^T = (W_s (q b)) a^T``, so that mixing costs as much as the rank has numbers,
-    and no message as long as a row is ever made.
+    and no message as long as a row is ever made. `labels_alone` returns the likeliest labels, for
+    which the last iteration needs no exponentials.
     """
     b, n, v = unary.shape
     scores, threads = unary.float().contiguous().view(-1, v), torch.get_num_threads()
     first, second = w_c.float().t().contiguous(), w_b.float().t().contiguous()
     edges, matrix = _local_or_dense(w_s.float(), begin, node, height, width, n)
-    q = torch.empty_like(scores)
+    q = None if labels_alone else empty_like(scores)
+    labels = torch.empty(b * n, dtype=torch.int64) if known is None else known.flatten().clone()
     words, mixed = (torch.empty(b * n, first.shape[0]) for _ in range(2))
     row = everywhere = torch.arange(b * n)
     if known is not None:
-        flat = known.flatten()
-        row, fixed = ((flat < 0).nonzero()[:, 0], (flat >= 0).nonzero()[:, 0])
-        labels = flat[fixed]
-        words[fixed] = second.t()[labels]
-        q.index_fill_(0, fixed, 0.0)
-        q[fixed, labels] = 1
+        row, fixed = ((labels < 0).nonzero()[:, 0], (labels >= 0).nonzero()[:, 0])
+        words[fixed] = second.t()[labels[fixed]]
+        if q is not None:
+            q.index_fill_(0, fixed, 0.0)
+            q[fixed, labels[fixed]] = 1
     said, heard = torch.empty(len(row), first.shape[0]), None
     for step in range(iterations + 1):
         last = step == iterations
         bad = _C.mrf_low_rank_step(
             scores, row, heard, first, second, temperature, None if last else said,
-            q if last else None, threads,
+            q if last else None, labels if last and labels_alone else None, threads,
         )  # fmt: skip
         if bad >= 0 and step == 0:
             raise _bad_unary(int(row[bad]) % n)
@@ -133,7 +138,7 @@ def _low_rank(
                 beside = words.view(b, n, -1).transpose(0, 1).flatten(1)
                 mixed = (matrix @ beside).view(n, b, -1).transpose(0, 1).flatten(0, 1)
             heard = mixed[row]
-    return q.view(b, n, v).to(unary.dtype)
+    return labels.view(b, n) if q is None else q.view(b, n, v).to(unary.dtype)
 
 
 def _bad_unary(position: int) -> ValueError:
@@ -158,15 +163,18 @@ def _mean_field(
     candidates: int,
     packed: Tensor | None = None,
 ) -> Tensor:
-    small = w_b is not None and w_c.shape[1] <= _MOST_RANK
-    if small and damping == 0 and not unary.is_cuda and w_b is not None:
+    if w_b is not None and _has_kernel(unary, w_c, damping):
         _check_labels_known(known, unary.shape[2])
         return _low_rank(
-            unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature
+            unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature, False
         )
     pictures, threads = _Pictures(unary, known), torch.get_num_threads()
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
+    if not scores.is_cuda and not _HAS_BFLOAT16:
+        low = False
+        if packed is not None:
+            w_c, packed = _unpacked(packed, v), None
     dtype = torch.bfloat16 if low else torch.float32
     potts = w_c.ndim == 0
     scale = float(w_c) if potts else 1.0
@@ -175,12 +183,12 @@ def _mean_field(
     matrix = None if matrix is None else matrix.to(dtype)
     transposed = w_c.t().contiguous() if candidates else None
 
-    q, fresh = (torch.empty(scores.shape, dtype=dtype, device=scores.device) for _ in range(2))
-    message, mixed = torch.empty_like(q), torch.empty_like(q)
-    result = torch.empty_like(scores) if low else None
-    by_hand = low and w_b is None and packed is not None and 0 < len(scores) <= _FEW_ROWS
+    q, fresh, message, mixed = (empty(scores.shape, scores, dtype) for _ in range(4))
+    result = empty_like(scores) if low else None
+    few = 0 < len(scores) <= _FEW_ROWS and not scores.is_cuda
+    by_hand = low and w_b is None and packed is not None and few
     if by_hand:
-        message = torch.empty_like(scores)
+        message = empty_like(scores)
     fused = LabelStep(scores, w_c) if low and w_b is None and scores.is_cuda else None
     bad = _C.mrf_update(None, scores, None, 1.0, 0.0, temperature, q, threads)
     if bad >= 0:
@@ -218,6 +226,16 @@ def _mean_field(
     return pictures.fill(q.view(-1, v)).to(unary.dtype)
 
 
+def _unpacked(packed: Tensor, v: int) -> Tensor:
+    """What `mrf_pack` made where there are no products of bfloat16."""
+    if packed.numel() != 4 * v * v:
+        raise ValueError(
+            f"mrf_mean_field: packed must have {4 * v * v} bytes for {v} labels, got "
+            f"{packed.numel()}"
+        )
+    return packed.view(torch.float32).view(v, v)
+
+
 def _truncated_labels(mixed: Tensor, transposed: Tensor, candidates: int) -> Tensor:
     """The label step from the `candidates` largest entries of every row alone."""
     weight, label = mixed.topk(min(candidates, mixed.shape[1]), sorted=False)
@@ -240,133 +258,48 @@ def _local_or_dense(
     return None, dense_grid(w_s, height, width)
 
 
+def _has_kernel(unary: Tensor, w_c: Tensor, damping: float) -> bool:
+    """Whether label weights of low rank have one of their own."""
+    return w_c.shape[1] <= _MOST_RANK and damping == 0 and not unary.is_cuda
+
+
+def _likeliest(
+    unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
+    w_c: Tensor, w_b: Tensor | None, known: Tensor | None, iterations: int, damping: float,
+    temperature: float, candidates: int, packed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    field = unary, w_s, begin, node, height, width, w_c
+    if w_b is not None and _has_kernel(unary, w_c, damping):
+        _check_labels_known(known, unary.shape[2])
+        return _low_rank(*field, w_b, known, iterations, temperature, True)
+    q = _mean_field(*field, w_b, known, iterations, damping, temperature, candidates, packed)
+    return q.argmax(-1)
+
+
+def _likeliest_fake(unary: Tensor, *_: object) -> Tensor:
+    return unary.new_empty(unary.shape[:2], dtype=torch.int64)
+
+
 def _mean_field_fake(unary: Tensor, *_: object) -> Tensor:
     return torch.empty_like(unary, memory_format=torch.contiguous_format)
 
 
-# Gradient ----------------------------------------------------------------------------------------
-
-
-def _mean_field_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    unary, w_s, begin, node, ctx.height, ctx.width, w_c, w_b, known, *options = inputs
-    ctx.iterations, ctx.damping, ctx.temperature, ctx.candidates, _ = options
-    ctx.save_for_backward(unary, w_s, begin, node, w_c, w_b, known)
-
-
-def _mean_field_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the unrolled loop, whose ``q`` are computed again instead of kept.
-
-    With S = W_s Q, M = S W_c^T + f and P = softmax(M / t):
-    dM = P (dP - sum(dP P)) / t, dW_c = dM^T S, dS = dM W_c, dW_s = dS Q^T, dQ = W_s^T dS.
-    """
-    unary, values, begin, node, w_c, w_b, known = ctx.saved_tensors
-    if ctx.candidates:
-        raise NotImplementedError("mrf_mean_field: with candidates there is no gradient")
-    f, matrix = unary.float(), _matrix(values.float(), begin, node, ctx.height, ctx.width, unary)
-    labels, labels_b = w_c.float(), None if w_b is None else w_b.float()
-    keep, t = ctx.damping, ctx.temperature
-    free = None if known is None else (known < 0)[..., None]
-    one_hot = None
-    if known is not None:
-        one_hot = torch.nn.functional.one_hot(known.clamp_min(0), f.shape[-1]).to(f.dtype)
-
-    def clamped(q: Tensor) -> Tensor:
-        return q if free is None or one_hot is None else torch.where(free, q, one_hot)
-
-    def mix(s: Tensor) -> Tensor:
-        if labels_b is not None:
-            low: Tensor = s @ labels_b @ labels.mT
-            return low
-        said: Tensor = s * labels if labels.ndim == 0 else s @ labels.mT
-        return said
-
-    first = (f / t).softmax(-1)
-    q, steps = clamped(first), []
-    for _ in range(ctx.iterations):
-        mixed = matrix @ q
-        p = ((mix(mixed) + f) / t).softmax(-1)
-        steps.append((q, mixed, p))
-        q = clamped((1 - keep) * p + keep * q)
-
-    d_f, d_matrix, d_labels = (
-        torch.zeros_like(f),
-        torch.zeros_like(matrix),
-        torch.zeros_like(labels),
-    )
-    d_labels_b = None if labels_b is None else torch.zeros_like(labels_b)
-    d_q = grad.float()
-    for q, mixed, p in reversed(steps):
-        if free is not None:
-            d_q = d_q * free
-        d_m = _softmax_grad(p, (1 - keep) * d_q) / t
-        d_f = d_f + d_m
-        rows, said = d_m.flatten(0, 1), mixed.flatten(0, 1)
-        if labels_b is not None and d_labels_b is not None:
-            d_labels = d_labels + rows.mT @ (said @ labels_b)
-            d_labels_b = d_labels_b + said.mT @ (rows @ labels)
-            d_mixed = d_m @ labels @ labels_b.mT
-        elif labels.ndim == 0:
-            d_labels = d_labels + (d_m * mixed).sum()
-            d_mixed = d_m * labels
-        else:
-            d_labels = d_labels + rows.mT @ said
-            d_mixed = d_m @ labels
-        d_matrix = d_matrix + (d_mixed @ q.mT).sum(0)
-        d_q = matrix.mT @ d_mixed + keep * d_q
-    if free is not None:
-        d_q = d_q * free
-    d_f = d_f + _softmax_grad(first, d_q) / t
-    d_values = _values_grad(d_matrix, values, begin, node, ctx.height, ctx.width)
-    return (
-        d_f.to(unary.dtype), d_values.to(values.dtype), None, None, None, None,
-        d_labels.to(w_c.dtype), None if d_labels_b is None else d_labels_b.to(w_b.dtype),
-        None, None, None, None, None, None,
-    )  # fmt: skip
-
-
-def _softmax_grad(p: Tensor, grad: Tensor) -> Tensor:
-    return p * (grad - (grad * p).sum(-1, keepdim=True))
-
-
-def _matrix(
-    values: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int, like: Tensor
-) -> Tensor:
-    """The matrix ``[n, n]`` of weights given in any form."""
-    n = like.shape[1]
-    if begin is not None and node is not None:
-        at = torch.repeat_interleave(begin.diff(), output_size=node.shape[0]) * n + node
-        return values.new_zeros(n * n).index_add(0, at, values).view(n, n)
-    return values if height == 0 else dense_grid(values, height, width)
-
-
-def _values_grad(
-    d_matrix: Tensor,
-    values: Tensor,
-    begin: Tensor | None,
-    node: Tensor | None,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The gradient of the weights in the form in which they were given."""
-    if begin is not None and node is not None:
-        start = torch.repeat_interleave(begin.diff(), output_size=node.shape[0])
-        return d_matrix[start, node]
-    if height == 0:
-        return d_matrix
-    index, inside = offset_index((values.shape[0], values.shape[1]), height, width)
-    index, inside = index.to(values.device), inside.to(values.device)
-    table = d_matrix.new_zeros(values.numel())
-    return table.index_add(0, index.flatten(), (d_matrix * inside).flatten()).view(values.shape)
-
-
-_mrf_mean_field = define_op(
-    "mrf_mean_field(Tensor unary, Tensor w_s, Tensor? begin, Tensor? node, int height, int width, "
+_ARGUMENTS = (
+    "(Tensor unary, Tensor w_s, Tensor? begin, Tensor? node, int height, int width, "
     "Tensor w_c, Tensor? w_b, Tensor? known, int iterations, float damping, float temperature, "
-    "int candidates, Tensor? packed=None) -> Tensor",
+    "int candidates, Tensor? packed=None) -> Tensor"
+)
+_mrf_likeliest = define_op(
+    "mrf_likeliest" + _ARGUMENTS,
+    cpu=_likeliest,
+    fake=_likeliest_fake,
+)
+_mrf_mean_field = define_op(
+    "mrf_mean_field" + _ARGUMENTS,
     cpu=_mean_field,
     fake=_mean_field_fake,
-    setup_context=_mean_field_setup_context,
-    backward=_mean_field_backward,
+    setup_context=mean_field_setup_context,
+    backward=mean_field_backward,
 )
 
 
@@ -422,7 +355,54 @@ def mrf_mean_field(
         ``O(iterations u (u v + v^2))`` for ``u`` unknown positions and dense weights;
         ``O(iterations u v)`` times the neighbours for Potts.
     """
-    op = "mrf_mean_field"
+    arguments = _arguments(
+        "mrf_mean_field", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
+        packed,
+    )  # fmt: skip
+    q: Tensor = _mrf_mean_field(*arguments)
+    return q
+
+
+@torch.no_grad()
+def mrf_likeliest(
+    unary: Tensor,
+    w_s: PairWeights,
+    w_c: LabelWeights,
+    *,
+    iterations: int = 5,
+    known: Tensor | None = None,
+    damping: float = 0.0,
+    temperature: float = 1.0,
+    candidates: int | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """The likeliest labels of `mrf_mean_field`, of equals the first: MarkovGen's last line.
+
+    ``q.argmax(-1)``, and sooner for label weights of low rank on a CPU, where ``q`` is never made.
+
+    Args:
+        As those of `mrf_mean_field`.
+
+    Returns:
+        ``[b, n]`` int64, the label of known positions among them. Not differentiable.
+
+    Raises:
+        As `mrf_mean_field`.
+    """
+    arguments = _arguments(
+        "mrf_likeliest", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
+        packed,
+    )  # fmt: skip
+    labels: Tensor = _mrf_likeliest(*arguments)
+    return labels
+
+
+def _arguments(
+    op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights, iterations: int,
+    known: Tensor | None, damping: float, temperature: float, candidates: int | None,
+    packed: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the registered ops, checked."""
     check_unary(op, unary)
     check_pairs(op, w_s, unary.shape[1], unary.device)
     check_labels(op, w_c, unary.shape[2], unary.device)
@@ -445,28 +425,28 @@ def mrf_mean_field(
     values, begin, node, height, width = unpack_pairs(w_s)
     first, second = unpack_labels(w_c, unary)
     unary, values = under_autocast(unary, values)
-    q: Tensor = _mrf_mean_field(
+    return (
         unary, values, begin, node, height, width, first, second, known, iterations,
         float(damping), float(temperature), candidates or 0,
         packed if packed is not None and packed.numel() > 0 else None,
     )  # fmt: skip
-    return q
 
 
 @torch.no_grad()
 def mrf_pack(w_c: Tensor) -> Tensor:
     """Label weights in the form that products on a CPU want, for `mrf_mean_field(packed=...)`.
 
-    On a processor with AVX512-BF16, for bfloat16 weights. It takes as long as multiplying some
-    thirty rows; who infers often with the same weights does it once.
+    It takes as long as multiplying some thirty rows; who infers often with the same weights does
+    it once. A processor with AVX512-BF16 has a product for them; others multiply float32 several
+    times as fast as bfloat16, and there this is the weights in float32.
 
     Args:
         w_c: ``[v, v]`` bfloat16, on the CPU. If it changes, pack it again.
 
     Returns:
-        uint8, ``2 v^2`` bytes and a little; empty, and of no consequence, on other processors and
-        where padding would cost more than is gained, as for less than some 500 labels. It is not
-        meant to be stored.
+        uint8, ``2 v^2`` bytes and a little, without AVX512-BF16 ``4 v^2``; with it empty, and of
+        no consequence, where padding would cost more than is gained, as for less than some 500
+        labels. It is not meant to be stored.
 
     Raises:
         ValueError: `w_c` is no square matrix, or on a GPU.
@@ -481,6 +461,8 @@ def mrf_pack(w_c: Tensor) -> Tensor:
         raise ValueError(f"mrf_pack: w_c must be [v, v] with v >= 1, got {list(w_c.shape)}")
     if w_c.device.type != "cpu":
         raise ValueError(f"mrf_pack: w_c must be on the CPU, got {w_c.device}")
+    if not _HAS_BFLOAT16:
+        return w_c.float().contiguous().view(torch.uint8).flatten()
     packed = torch.empty(4 * _C.mrf_packed_size(w_c.shape[0]), dtype=torch.uint8)
     if packed.numel():
         _C.mrf_pack(w_c.detach().contiguous(), packed, torch.get_num_threads())
