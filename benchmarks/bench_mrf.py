@@ -63,8 +63,9 @@ def _known_inputs(sizes: Sizes, device: str) -> Inputs:
 def _ours(w_c: str) -> Callable[[Inputs], Call]:
     def build(inputs: Inputs) -> Call:
         # Weights are packed once, as a model does.
-        low = inputs[w_c].dtype == torch.bfloat16 and not inputs[w_c].is_cuda
-        packed = mrf_pack(inputs[w_c]) if low else None
+        weights = inputs[w_c]
+        low = isinstance(weights, Tensor) and weights.dtype == torch.bfloat16
+        packed = mrf_pack(weights) if low and not weights.is_cuda else None
         return lambda: mrf_mean_field(
             inputs["unary"],
             inputs["w_s"],

@@ -77,6 +77,16 @@ def test_load_every_op_has_a_benchmark():
         assert any(case.quick for workload in benchmark.workloads for case in workload.cases)
 
 
+@pytest.mark.parametrize("op", registry.ops())
+def test_every_workload_runs_and_passes_its_gate(op):
+    for workload in registry.load(op).workloads:
+        case = next((case for case in workload.cases if case.quick), workload.cases[0])
+        inputs = workload.inputs(case.sizes, "cpu")
+        for provider in workload.providers:
+            if provider.ours and "cpu" in provider.devices:
+                workload.gate(inputs, provider.build(inputs)(), True)
+
+
 def test_load_unknown_op():
     with pytest.raises(ValueError, match=r"no benchmark for op 'nothing', there is one for .*vq"):
         registry.load("nothing")
