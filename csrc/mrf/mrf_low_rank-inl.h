@@ -93,7 +93,8 @@ std::int64_t first_of(const float* x, std::int64_t v, float largest) {
 // said [rows, k] = share scratch [rows, stride] B.
 void say(const LowRankStep& step, const float* scratch, std::int64_t stride,
          const float (&share)[kLowRankRows], float* said) {
-  constexpr std::int64_t kTogether = 4;
+  // With fewer lanes there are fewer registers for sums.
+  constexpr std::int64_t kTogether = kLanes == 16 ? 4 : 2;
   for (std::int64_t first = 0; first < step.k; first += kTogether) {
     F32 sums[kLowRankRows][kTogether];
 #pragma GCC unroll 4
