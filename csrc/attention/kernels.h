@@ -11,9 +11,8 @@
 
 namespace t2p::attention {
 
-constexpr std::int64_t kKeys = 64;     // of a block
-constexpr std::int64_t kTogether = 8;  // keys whose scores are summed at a time
-constexpr std::int64_t kMostLanes = 16;
+// At most: keys of a block, those whose scores are summed at a time, and queries that are.
+constexpr std::int64_t kKeys = 64, kMostTogether = 8, kMostLanes = 16;
 
 // Of a task, a multiple of any vector: a block of keys is read and converted once for these.
 inline std::int64_t queries_of(const Attention& attention) {
@@ -24,7 +23,7 @@ inline std::int64_t queries_of(const Attention& attention) {
 inline std::int64_t scratch_size(const Attention& attention) {
   const std::int64_t queries = queries_of(attention), d = attention.d + kMostLanes,
                      e = attention.e + kMostLanes;
-  return queries * (d + e + 2) + kKeys * (d + e + 2 * kMostLanes);
+  return queries * (d + e + 2) + (kKeys + kMostTogether) * (d + e + 2 * kMostLanes);
 }
 
 struct Kernels {

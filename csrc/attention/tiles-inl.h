@@ -16,6 +16,15 @@ namespace {
 
 using namespace simd::T2P_ISA_NAMESPACE;
 
+// Of 16 registers, 12 hold sums, of two vectors of queries; of 32, up to 20, and operations read
+// broadcast numbers from memory. Keys of a block are a multiple of those whose scores are summed
+// at a time, or nearly.
+constexpr bool kMany = kLanes == 16;
+constexpr int kVectors = kMany ? 1 : 2, kTile = kVectors * kLanes;  // of queries
+constexpr int kTogether = kMany ? 8 : 6;
+constexpr std::int64_t kBlock = kMany ? kKeys : 60;
+static_assert(kTile <= kMostLanes && kBlock <= kKeys && kTogether <= kMostTogether);
+
 constexpr float kLowest = -3.402823466e38f;
 
 T2P_INLINE std::int64_t place(const Rows& rows, std::int64_t batch, std::int64_t head,
@@ -39,19 +48,19 @@ void read_row(const Rows& rows, std::int64_t offset, std::int64_t count, float f
   }
 }
 
-// factor * one lane of the outputs [e, lanes].
+// factor * one of the outputs [e, queries].
 void write_row(const float* from, std::int64_t count, float factor, const Rows& rows,
                std::int64_t offset) {
   if (rows.format == Format::kF32) {
     float* to = static_cast<float*>(rows.data) + offset;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = factor * from[i * kLanes];
+    for (std::int64_t i = 0; i < count; ++i) to[i] = factor * from[i * kTile];
     return;
   }
   std::uint16_t* to = static_cast<std::uint16_t*>(rows.data) + offset;
   if (rows.format == Format::kBf16) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat16(factor * from[i * kLanes]);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat16(factor * from[i * kTile]);
   } else {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = float_to_float16(factor * from[i * kLanes]);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = float_to_float16(factor * from[i * kTile]);
   }
 }
 
@@ -63,13 +72,13 @@ struct Floats {
   static std::int64_t width(std::int64_t channels) { return channels; }  // of a row of values
   static std::int64_t steps(std::int64_t keys) { return keys; }          // of a sum of values
 
-  // Queries [begin, end), at most kLanes, as [words, lanes].
+  // Queries [begin, end), at most kTile, as [words, queries].
   static void read_queries(const Attention& attention, std::int64_t batch, std::int64_t head,
                            std::int64_t begin, std::int64_t end, float* to) {
-    for (std::int64_t i = 0; i < attention.d * kLanes; ++i) to[i] = 0;
+    for (std::int64_t i = 0; i < attention.d * kTile; ++i) to[i] = 0;
     for (std::int64_t i = begin; i < end; ++i) {
-      read_row(attention.q, place(attention.q, batch, head, i), attention.d, attention.scale,
-               kLanes, to + i - begin);
+      read_row(attention.q, place(attention.q, batch, head, i), attention.d, attention.scale, kTile,
+               to + i - begin);
     }
   }
 
@@ -87,100 +96,130 @@ struct Floats {
   static F32 with_bias(F32 product, float bias) { return add(product, broadcast(bias)); }
   static F32 power(F32 exponent) { return exp_nonpositive<true>(exponent); }
 
-  // The weights [steps, lanes] of the scores [count, lanes] under the largest; returns their sum.
+  // The weights [steps, queries] of the scores [count, queries] under the largest, of one vector
+  // of queries; returns their sum.
   static F32 weigh(const float* scores, std::int64_t count, F32 largest, float* weights) {
     F32 sum = broadcast(0.0f);
     for (std::int64_t j = 0; j < count; ++j) {
-      const F32 weight = power(sub(load(scores + j * kLanes), largest));
+      const F32 weight = power(sub(load(scores + j * kTile), largest));
       sum = add(sum, weight);
-      store(weights + j * kLanes, weight);
+      store(weights + j * kTile, weight);
     }
     return sum;
   }
 };
 
-// Scores [count, lanes] of a vector of queries [words, lanes]; the largest of each and `best`.
-// Behind the keys [count, words] there are zeros up to a multiple of kTogether.
+// Scores [count, queries] of a tile's queries [words, queries]; `best` becomes the largest of each
+// and itself. Behind the keys [count, words] there are zeros up to a multiple of kTogether.
 template <class Numbers>
-T2P_INLINE F32 score(const Numbers& numbers, const typename Numbers::Word* queries,
-                     const typename Numbers::Word* keys, std::int64_t count, std::int64_t words,
-                     const float* bias, F32 best, float* scores) {
+T2P_INLINE void score(const Numbers& numbers, const typename Numbers::Word* queries,
+                      const typename Numbers::Word* keys, std::int64_t count, std::int64_t words,
+                      const float* bias, F32 (&best)[kVectors], float* scores) {
   for (std::int64_t first = 0; first < count; first += kTogether) {
-    F32 sums[kTogether];
+    F32 sums[kTogether][kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kTogether; ++i) sums[i] = broadcast(0.0f);
+    for (auto& sum : sums) {
+#pragma GCC unroll 2
+      for (F32& part : sum) part = broadcast(0.0f);
+    }
     const auto* rows = keys + first * words;
     for (std::int64_t c = 0; c < words; ++c) {
-      const auto query = load(queries + c * kLanes);
+      decltype(load(queries)) query[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) query[v] = load(queries + c * kTile + v * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kTogether; ++i) {
-        sums[i] = Numbers::add_product(sums[i], query, broadcast(rows[i * words + c]));
+        const auto key = broadcast(rows[i * words + c]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          sums[i][v] = Numbers::add_product(sums[i][v], query[v], key);
+        }
       }
     }
     const int left = static_cast<int>(count - first < kTogether ? count - first : kTogether);
     for (int i = 0; i < left; ++i) {
-      if (bias) sums[i] = numbers.with_bias(sums[i], bias[first + i]);
-      store(scores + (first + i) * kLanes, sums[i]);
-      best = max(sums[i], best);
+      for (int v = 0; v < kVectors; ++v) {
+        if (bias) sums[i][v] = numbers.with_bias(sums[i][v], bias[first + i]);
+        store(scores + (first + i) * kTile + v * kLanes, sums[i][v]);
+        best[v] = max(sums[i][v], best[v]);
+      }
     }
   }
-  return best;
 }
 
-// outputs [kCount, lanes] = shrink outputs + weights [steps, lanes] values [steps, width], of
+// outputs [kCount, queries] = shrink outputs + weights [steps, queries] values [steps, width], of
 // kCount columns of values.
 template <class Numbers, int kCount>
 T2P_INLINE void sum_values(const typename Numbers::Word* weights,
                            const typename Numbers::Word* values, std::int64_t steps,
-                           std::int64_t width, F32 shrink, float* outputs) {
-  F32 sums[kCount];
+                           std::int64_t width, const F32 (&shrink)[kVectors], float* outputs) {
+  F32 sums[kCount][kVectors];
 #pragma GCC unroll 20
-  for (int c = 0; c < kCount; ++c) sums[c] = broadcast(0.0f);
+  for (auto& sum : sums) {
+#pragma GCC unroll 2
+    for (F32& part : sum) part = broadcast(0.0f);
+  }
   for (std::int64_t j = 0; j < steps; ++j) {
-    const auto weight = load(weights + j * kLanes);
+    decltype(load(weights)) weight[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + j * kTile + v * kLanes);
 #pragma GCC unroll 20
     for (int c = 0; c < kCount; ++c) {
-      sums[c] = Numbers::add_product(sums[c], weight, broadcast(values[j * width + c]));
+      const auto value = broadcast(values[j * width + c]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[c][v] = Numbers::add_product(sums[c][v], weight[v], value);
+      }
     }
   }
 #pragma GCC unroll 20
   for (int c = 0; c < kCount; ++c) {
-    store(outputs + c * kLanes, multiply_add(load(outputs + c * kLanes), shrink, sums[c]));
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* output = outputs + c * kTile + v * kLanes;
+      store(output, multiply_add(load(output), shrink[v], sums[c][v]));
+    }
   }
 }
 
-// What was found of a vector of queries so far.
+// What was found of a tile of queries so far.
 struct Found {
-  float* largest;  // [lanes], of the scores
-  float* total;    // [lanes], of the weights
-  float* outputs;  // [e, lanes], sums of weighted values
+  float* largest;  // [queries], of the scores
+  float* total;    // [queries], of the weights
+  float* outputs;  // [e, queries], sums of weighted values
 };
 
-// Takes a block of keys into it. `scores` and `weights` are scratch [kKeys, lanes].
+// Takes a block of keys into it. `scores` and `weights` are scratch [kBlock, queries].
 template <class Numbers>
 void take_block(const Numbers& numbers, const Attention& attention,
                 const typename Numbers::Word* queries, const typename Numbers::Word* keys,
                 const typename Numbers::Word* values, const float* bias, std::int64_t count,
                 float* scores, typename Numbers::Word* weights, const Found& found) {
-  const F32 before = load(found.largest);
-  const F32 best =
-      score(numbers, queries, keys, count, Numbers::words(attention.d), bias, before, scores);
-  const F32 shrink = numbers.power(sub(before, best));
-  const F32 sum = numbers.weigh(scores, count, best, weights);
-  store(found.total, multiply_add(load(found.total), shrink, sum));
-  store(found.largest, best);
+  F32 best[kVectors], shrink[kVectors];
+  for (int v = 0; v < kVectors; ++v) best[v] = load(found.largest + v * kLanes);
+  score(numbers, queries, keys, count, Numbers::words(attention.d), bias, best, scores);
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = v * kLanes;
+    shrink[v] = numbers.power(sub(load(found.largest + at), best[v]));
+    const F32 sum = numbers.weigh(scores + at, count, best[v], weights + at);
+    store(found.total + at, multiply_add(load(found.total + at), shrink[v], sum));
+    store(found.largest + at, best[v]);
+  }
   const std::int64_t steps = Numbers::steps(count), width = Numbers::width(attention.e);
   const auto add_values = [&]<int kCount>(std::int64_t c) {
     sum_values<Numbers, kCount>(weights, values + c, steps, width, shrink,
-                                found.outputs + c * kLanes);
+                                found.outputs + c * kTile);
   };
   const std::int64_t e = attention.e;
   std::int64_t c = 0;
-  if constexpr (kLanes == 16) {  // 32 registers
+  if constexpr (kMany) {
     for (; e % 20 == 0 && c < e; c += 20) add_values.template operator()<20>(c);
     for (; c + 16 <= e; c += 16) add_values.template operator()<16>(c);
+    for (; c + 8 <= e; c += 8) add_values.template operator()<8>(c);
+  } else {
+    // Not 6 and 2 of the last 8: few sums would wait for each other.
+    for (; c + 6 <= e && e - c != 8; c += 6) add_values.template operator()<6>(c);
   }
-  for (; c + 8 <= e; c += 8) add_values.template operator()<8>(c);
   for (; c + 4 <= e; c += 4) add_values.template operator()<4>(c);
   for (; c < e; ++c) add_values.template operator()<1>(c);
 }
@@ -192,7 +231,7 @@ void attend_with(const Attention& attention, std::int64_t batch, std::int64_t he
   static_assert(sizeof(Word) == sizeof(float));
   const Numbers numbers(attention);
   const std::int64_t words = Numbers::words(attention.d), e = attention.e;
-  const std::int64_t tiles = (end - begin + kLanes - 1) / kLanes, queries = tiles * kLanes;
+  const std::int64_t tiles = (end - begin + kTile - 1) / kTile, queries = tiles * kTile;
   const auto take = [&](std::int64_t count) {  // on a cache line's boundary
     float* taken = scratch;
     scratch += (count + 15) / 16 * 16;
@@ -200,32 +239,32 @@ void attend_with(const Attention& attention, std::int64_t batch, std::int64_t he
   };
   Word* rows = reinterpret_cast<Word*>(take(queries * words));
   float *outputs = take(queries * e), *largest = take(queries), *total = take(queries);
-  float* scores = take(kKeys * kLanes);
-  Word* weights = reinterpret_cast<Word*>(take(kKeys * kLanes));
-  Word* keys = reinterpret_cast<Word*>(take(kKeys * words));
-  Word* values = reinterpret_cast<Word*>(take(kKeys * Numbers::width(e)));
+  float* scores = take(kBlock * kTile);
+  Word* weights = reinterpret_cast<Word*>(take(kBlock * kTile));
+  Word* keys = reinterpret_cast<Word*>(take((kBlock + kTogether) * words));
+  Word* values = reinterpret_cast<Word*>(take(kBlock * Numbers::width(e)));
 
   for (std::int64_t i = 0; i < queries * e; ++i) outputs[i] = 0;
   for (std::int64_t i = 0; i < queries; ++i) largest[i] = kLowest, total[i] = 0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t first = begin + tile * kLanes;
-    numbers.read_queries(attention, batch, head, first, first + kLanes < end ? first + kLanes : end,
-                         rows + tile * kLanes * words);
+    const std::int64_t first = begin + tile * kTile;
+    numbers.read_queries(attention, batch, head, first, first + kTile < end ? first + kTile : end,
+                         rows + tile * kTile * words);
   }
-  for (std::int64_t first = 0; first < attention.n; first += kKeys) {
-    const std::int64_t count = attention.n - first < kKeys ? attention.n - first : kKeys;
+  for (std::int64_t first = 0; first < attention.n; first += kBlock) {
+    const std::int64_t count = attention.n - first < kBlock ? attention.n - first : kBlock;
     numbers.read_keys(attention, batch, head, first, count, keys, values);
     const std::int64_t whole = (count + kTogether - 1) / kTogether * kTogether;
     for (std::int64_t i = count * words; i < whole * words; ++i) keys[i] = 0;
     const float* bias = attention.bias ? attention.bias + batch * attention.n + first : nullptr;
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      const std::int64_t at = tile * kLanes;
+      const std::int64_t at = tile * kTile;
       take_block(numbers, attention, rows + at * words, keys, values, bias, count, scores, weights,
                  {largest + at, total + at, outputs + at * e});
     }
   }
   for (std::int64_t i = 0; i < end - begin; ++i) {
-    const std::int64_t tile = i / kLanes * kLanes;
+    const std::int64_t tile = i / kTile * kTile;
     write_row(outputs + tile * e + i - tile, e, total[i] == 0 ? 0.0f : 1 / total[i], out,
               place(out, batch, head, begin + i));
   }
