@@ -253,7 +253,7 @@ def _local_or_dense(
     if height == 0:
         return None, w_s
     # An edge costs about four times what an entry of a matrix product does.
-    if int((w_s != 0).sum()) * 4 < n:
+    if int(w_s.count_nonzero()) * 4 < n:
         return grid_edges(w_s, height, width), None
     return None, dense_grid(w_s, height, width)
 
