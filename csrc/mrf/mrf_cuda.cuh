@@ -50,4 +50,9 @@ __device__ float block_reduce(float value, float* shared, Combine combine) {
   return total;
 }
 
+// The first kernel of label_step_cuda, step.r > 0, through Hopper's tensor cores,
+// mrf_cuda_hopper.cu; whether it was built for the current device.
+bool hopper_is_built();
+void logits_hopper(const LabelStep& step, int processors, cudaStream_t stream);
+
 }  // namespace t2p::mrf
