@@ -13,6 +13,7 @@ namespace t2p::mrf {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPart = 32;  // labels of which label_step_cuda notes a maximum and a sum
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 

@@ -35,7 +35,7 @@ constexpr const char* kOp = "mrf_mean_field";
 
 constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarp;
 constexpr int kGroupLabels = 64;  // of a warpgroup
-constexpr int kPartWarps = 2;     // that reduce 32 labels together
+constexpr int kPartWarps = 2;     // that reduce a part of labels together
 constexpr int kChunk = 64;        // channels of a stage
 constexpr int kVectorBytes = kChunk * 2;
 constexpr int kAlignment = 1024;  // of what is swizzled
@@ -74,8 +74,8 @@ using Wide = Tile<2, 256>;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int kPart = kGroupLabels / kGroupWarps * kPartWarps;  // 32 labels, as label_parts_cuda
 constexpr int kWarpLabels = kGroupLabels / kGroupWarps;
+static_assert(kWarpLabels * kPartWarps == kPart);
 constexpr int kPieces = 8;  // of 16 bytes in a vector, which is a label's or a row's chunk
 constexpr int kStepBytes = 32;
 // Of the 168 that a thread of 384 may have at most, those of the last group go to the others.

@@ -25,14 +25,13 @@ using std::int64_t;
 
 constexpr const char* kOp = "mrf_mean_field";
 
-constexpr int kPart = 32;   // labels of a part, which a warp reduces
 constexpr int kChunk = 64;  // channels of a stage
 constexpr int kPiece = 8;   // channels in 16 bytes
 constexpr int kPieces = kChunk / kPiece;
 constexpr int kVectorBytes = kChunk * 2;
 constexpr int kSlice = kThreads * kPiece;  // labels of a block of softmax_kernel
 
-// A block's tile: kRowWarps x kLabelWarps warps of kRowTiles x 16 rows by kPart labels.
+// A block's tile: kRowWarps x kLabelWarps warps of kRowTiles x 16 rows by kPart labels, a part.
 template <int kRowWarps, int kLabelWarps, int kRowTilesOfWarp, int kStagesOfBlock>
 struct Tile {
   static constexpr int kColumns = kLabelWarps, kRowTiles = kRowTilesOfWarp;

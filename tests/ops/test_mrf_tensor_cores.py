@@ -127,6 +127,8 @@ def _step(r: int, v: int, device: torch.device) -> tuple[LabelStep, Tensor, Tens
     """Label weights and scores of a field; mixed rows; and an empty result."""
     unary, w_c = 2 * _random(r, v, seed=v), 0.5 * _random(v, v, seed=1).bfloat16()
     step = LabelStep(unary.to(device), w_c.to(device))
+    if not step.fits:
+        pytest.skip("older than tensor cores for bfloat16")
     return step, _random(r, v, seed=2).bfloat16().to(device), torch.empty(r, v, device=device)
 
 
@@ -156,15 +158,15 @@ def test_logits_on_hopper(r: int, v: int, tile: str, device: torch.device, emula
 
     m, w_c, unary = (t.cpu().double() for t in (mixed, step.w_c, step.unary))
     truth = (m @ w_c.T + unary) / 0.7
-    # Of 16 products each the sum is rounded, or truncated, to float32.
-    bound = (v / 16 + 6) * 2**-23 * (m.abs() @ w_c.abs().T + unary.abs()) / 0.7
+    # Of 8 or 16 products each the sum is rounded, or truncated, to float32.
+    bound = (v / 8 + 6) * 2**-23 * (m.abs() @ w_c.abs().T + unary.abs()) / 0.7
     assert ((x - truth).abs() <= bound).all()
     parts = torch.nn.functional.pad(x, (0, -v % 32), value=-math.inf).view(r, -1, 32)
     assert torch.equal(sums[..., 0], parts.amax(-1))
     exact = (parts - parts.amax(-1, keepdim=True)).double().exp().sum(-1)
     torch.testing.assert_close(sums[..., 1].double(), exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(q.cpu(), x.softmax(-1), rtol=1e-4, atol=1e-7)
-    if emulated:
+    if emulated and _C.build_info()["cuda_archs"] == ["80-virtual"]:
         other, _, q_of_other = _step(r, v, device)
         _C.device.capability = (8, 0)
         assert "hopper" not in _launched(other, mixed, q_of_other, emulated)
