@@ -78,6 +78,21 @@ def emulated(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
+def hopper(emulated: bool, kernels: str) -> Iterator[None]:
+    """An emulated device is one of compute capability 9.0."""
+    if kernels == "cpu":
+        pytest.skip("as on any other CPU")
+    if not emulated:
+        yield
+        return
+    from t2p_fast._library import _C
+
+    before, _C.device.capability = _C.device.capability, (9, 0)
+    yield
+    _C.device.capability = before
+
+
+@pytest.fixture
 def poisoned_empty() -> Iterator[None]:
     """Fills what torch.empty returns with NaN, so that unwritten results show."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -97,7 +97,7 @@ void nearest_cuda(const AnyRows&, const float*, std::int64_t, Metric, int, void*
   built_without_cuda("vq_nearest");
 }
 std::int64_t workspace_size(std::int64_t, std::int64_t, std::int64_t, Metric) { return 0; }
-void lookup_cuda(const std::int64_t*, const float*, std::int64_t, int, void*, const Rows<float>&) {
+void lookup_cuda(const std::int64_t*, const float*, std::int64_t, int, void*, const MutableRows&) {
   built_without_cuda("vq_lookup");
 }
 void accumulate_cuda(const AnyRows&, const std::int64_t*, const std::int64_t*, std::int64_t, int,

@@ -13,6 +13,7 @@ namespace t2p::mrf {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPart = 32;  // labels of which label_step_cuda notes a maximum and a sum
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
@@ -49,5 +50,10 @@ __device__ float block_reduce(float value, float* shared, Combine combine) {
   for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
   return total;
 }
+
+// The first kernel of label_step_cuda, step.r > 0, through Hopper's tensor cores,
+// mrf_cuda_hopper.cu; whether it was built for the current device.
+bool hopper_is_built();
+void logits_hopper(const LabelStep& step, int processors, cudaStream_t stream);
 
 }  // namespace t2p::mrf

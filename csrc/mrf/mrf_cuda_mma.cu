@@ -4,10 +4,10 @@
 //   x    = (mixed W_c^T + unary) / temperature
 //   next = (1 - damping) softmax(x) + damping previous
 //
-// logits_kernel forms a tile of x by tensor cores, and writes it out once in float32, with the
-// maximum and the sum of exponentials of every 32 labels of a row. softmax_kernel makes next of
-// them. Every x is summed in the same order whatever the tile, so that a row's result does not
-// depend on how many there are.
+// logits_kernel, or on Hopper that of mrf_cuda_hopper.cu, forms a tile of x by tensor cores, and
+// writes it out once in float32, with the maximum and the sum of exponentials of every 32 labels of
+// a row. softmax_kernel makes next of them. Every x is summed in the same order whatever the tile,
+// so that a row's result does not depend on how many there are.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -25,14 +25,13 @@ using std::int64_t;
 
 constexpr const char* kOp = "mrf_mean_field";
 
-constexpr int kPart = 32;   // labels of a part, which a warp reduces
 constexpr int kChunk = 64;  // channels of a stage
 constexpr int kPiece = 8;   // channels in 16 bytes
 constexpr int kPieces = kChunk / kPiece;
 constexpr int kVectorBytes = kChunk * 2;
 constexpr int kSlice = kThreads * kPiece;  // labels of a block of softmax_kernel
 
-// A block's tile: kRowWarps x kLabelWarps warps of kRowTiles x 16 rows by kPart labels.
+// A block's tile: kRowWarps x kLabelWarps warps of kRowTiles x 16 rows by kPart labels, a part.
 template <int kRowWarps, int kLabelWarps, int kRowTilesOfWarp, int kStagesOfBlock>
 struct Tile {
   static constexpr int kColumns = kLabelWarps, kRowTiles = kRowTilesOfWarp;
@@ -326,17 +325,23 @@ int64_t label_parts_cuda(int64_t v, int device) {
 
 // The floor for 66 rows of 8192 labels on an H200: the 134 MB of W_c at 4.3 TB/s, 31 us. For 4096
 // rows 2 r v^2 = 550 GFLOP, 0.70 ms at the 780 TFLOP/s of wgmma (mma.sync reaches less of it); 400
-// MB of logits and scores, 0.1 ms. Not yet run on a GPU.
+// MB of logits and scores, 0.1 ms. Not yet run on a GPU. Compute capability 9.0 is the only one
+// that has wgmma.
 void label_step_cuda(const LabelStep& step, int device, void* stream, MutableValues next) {
   if (step.r == 0) return;
   const DeviceGuard guard(device, kOp);
   const auto queue = static_cast<cudaStream_t>(stream);
-  int processors = 0;
+  int processors = 0, major = 0;
   cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), kOp);
-  const auto launch = step.r <= Low::kRows                  ? launch_logits<Low>
-                      : blocks_of<Wide>(step) >= processors ? launch_logits<Wide>
-                                                            : launch_logits<Tall>;
-  launch(step, queue);
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
+  if (major == 9 && hopper_is_built()) {
+    logits_hopper(step, processors, queue);
+  } else {
+    const auto launch = step.r <= Low::kRows                  ? launch_logits<Low>
+                        : blocks_of<Wide>(step) >= processors ? launch_logits<Wide>
+                                                              : launch_logits<Tall>;
+    launch(step, queue);
+  }
   const int64_t slices = (step.v + kSlice - 1) / kSlice;
   softmax_kernel<<<grid_size(step.r * slices, kOp), kThreads, 0, queue>>>(step, slices, next);
   check_launch(kOp);

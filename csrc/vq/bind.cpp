@@ -32,13 +32,16 @@ Rows<T> rows(const char* op, const char* name, const TensorView& tensor) {
   return rows_of<T>(op, name, tensor);
 }
 
+Dtype dtype_of(const char* op, const char* name, const TensorView& tensor) {
+  T2P_CHECK_TYPE(tensor.is_float32() || tensor.is_bfloat16() || tensor.is_float16(), op, ": ", name,
+                 " must be float32, bfloat16 or float16, got ", tensor.dtype_text());
+  if (tensor.is_float32()) return Dtype::kFloat32;
+  return tensor.is_bfloat16() ? Dtype::kBfloat16 : Dtype::kFloat16;
+}
+
 // Of x on CUDA.
 AnyRows any_rows(const char* op, const TensorView& x) {
-  T2P_CHECK_TYPE(x.is_float32() || x.is_bfloat16() || x.is_float16(), op,
-                 ": x must be float32, bfloat16 or float16, got ", x.dtype_text());
-  return {rows_of<const void>(op, "x", x), x.is_float32()    ? Dtype::kFloat32
-                                           : x.is_bfloat16() ? Dtype::kBfloat16
-                                                             : Dtype::kFloat16};
+  return {rows_of<const void>(op, "x", x), dtype_of(op, "x", x)};
 }
 
 void check_codebook(const char* op, const TensorView& codebook, std::int64_t d) {
@@ -135,16 +138,18 @@ void pack(const TensorView& codebook, std::string_view metric_name, const Tensor
 void lookup(const TensorView& indices, const TensorView& codebook, const TensorView& out,
             int threads) {
   constexpr const char* kOp = "vq_lookup";
-  const auto to = rows<float>(kOp, "out", out);
-  check_codebook(kOp, codebook, to.d);
+  const auto any = rows_of<void>(kOp, "out", out);
+  check_codebook(kOp, codebook, any.d);
   check_same_device(kOp, "codebook", codebook, "indices", indices);
-  const auto* index = array<const std::int64_t>(kOp, "indices", indices, to.count());
+  const auto* index = array<const std::int64_t>(kOp, "indices", indices, any.count());
   const auto* codes = codebook.data<const float>();
   const std::int64_t k = codebook.size(0);
   if (indices.on_cuda()) {
-    lookup_cuda(index, codes, k, indices.device().id, current_stream(indices), to);
+    lookup_cuda(index, codes, k, indices.device().id, current_stream(indices),
+                {any, dtype_of(kOp, "out", out)});
     return;
   }
+  const auto to = rows<float>(kOp, "out", out);
   py::gil_scoped_release nogil;
   lookup_cpu(index, codes, k, threads, to);
 }

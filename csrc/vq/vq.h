@@ -22,10 +22,14 @@ struct Rows {
   }
 };
 
-// What CUDA kernels read rows from; elements mean the numbers that they hold.
+// What CUDA kernels read rows from, or write them to; elements mean the numbers that they hold.
 enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 struct AnyRows {
   Rows<const void> rows;
+  Dtype dtype;
+};
+struct MutableRows {
+  Rows<void> rows;
   Dtype dtype;
 };
 
@@ -73,8 +77,8 @@ void lookup_cpu(const std::int64_t* indices,  // [n]
                 std::int64_t k, int threads, const Rows<float>& out);
 
 void lookup_cuda(const std::int64_t* indices,  // [n]
-                 const float* codebook,        // [k, d]
-                 std::int64_t k, int device, void* stream, const Rows<float>& out);
+                 const float* codebook,        // [k, d], rounded to the dtype of `out`
+                 std::int64_t k, int device, void* stream, const MutableRows& out);
 
 // counts[j] = number of rows with index j, sums[j] = their sum, added up in float64 in the order of
 // the rows: the same bits for any number of threads. Throws std::out_of_range.

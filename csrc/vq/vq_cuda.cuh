@@ -130,9 +130,18 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// Calls `f` with the rows as those of their type.
-template <class F>
-void with_rows(const AnyRows& x, F&& f) {
+template <class T>
+const T* elements(const void* data) {
+  return static_cast<const T*>(data);
+}
+template <class T>
+T* elements(void* data) {
+  return static_cast<T*>(data);
+}
+
+// Calls `f` with the rows, AnyRows or MutableRows, as those of their type.
+template <class Any, class F>
+void with_rows(const Any& x, F&& f) {
   const auto& r = x.rows;
   const auto call = [&](auto* data) {
     f(Rows<std::remove_pointer_t<decltype(data)>>{data, r.outer, r.d, r.inner, r.outer_stride,
@@ -140,11 +149,11 @@ void with_rows(const AnyRows& x, F&& f) {
   };
   switch (x.dtype) {
     case Dtype::kFloat32:
-      return call(static_cast<const float*>(r.data));
+      return call(elements<float>(r.data));
     case Dtype::kBfloat16:
-      return call(static_cast<const __nv_bfloat16*>(r.data));
+      return call(elements<__nv_bfloat16>(r.data));
     case Dtype::kFloat16:
-      return call(static_cast<const __half*>(r.data));
+      return call(elements<__half>(r.data));
   }
 }
 

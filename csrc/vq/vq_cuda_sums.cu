@@ -13,8 +13,9 @@ namespace {
 using std::int64_t;
 
 // One thread per element, along the contiguous direction of `out`.
+template <class T>
 __global__ void lookup_kernel(const int64_t* __restrict__ indices,
-                              const float* __restrict__ codebook, int64_t k, Rows<float> out) {
+                              const float* __restrict__ codebook, int64_t k, Rows<T> out) {
   const int64_t n = out.outer * out.inner, d = out.d;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t e = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; e < n * d; e += step) {
@@ -27,7 +28,7 @@ __global__ void lookup_kernel(const int64_t* __restrict__ indices,
     const int64_t j = indices[r];
     const float value = j >= 0 && j < k ? codebook[j * d + t] : __int_as_float(0x7fc00000);
     out.data[row_offset(r, out.inner, out.outer_stride, out.inner_stride) +
-             t * out.channel_stride] = value;
+             t * out.channel_stride] = from_float<T>(value);
   }
 }
 
@@ -65,12 +66,15 @@ __global__ void total_kernel(const float* __restrict__ distance, int64_t n, doub
 }  // namespace
 
 void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int device, void* stream,
-                 const Rows<float>& out) {
-  const int64_t elements = out.count() * out.d;
-  if (elements == 0) return;
+                 const MutableRows& out) {
+  const int64_t count = out.rows.count() * out.rows.d;
+  if (count == 0) return;
   const DeviceGuard guard(device, "vq_lookup");
-  const unsigned blocks = blocks_for(elements < (1 << 24) ? elements : 1 << 24, 256);
-  lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k, out);
+  const unsigned blocks = blocks_for(count < (1 << 24) ? count : 1 << 24, 256);
+  with_rows(out, [&](const auto& rows) {
+    lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k,
+                                                                         rows);
+  });
   check_launch("vq_lookup");
 }
 

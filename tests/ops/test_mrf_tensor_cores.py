@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from t2p_fast import reference
+from t2p_fast._library import _C
 from t2p_fast.ops import mrf_mean_field
+from t2p_fast.ops.mrf_tensor_cores import LabelStep
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -119,3 +121,82 @@ def test_scores_that_are_none_make_their_row_nan(
     q = mrf_mean_field(*arguments, iterations=2).cpu()
     assert q[0, 3].isnan().all()
     assert q[0, [0, 1, 2, 4]].isfinite().all()
+
+
+def _step(r: int, v: int, device: torch.device) -> tuple[LabelStep, Tensor, Tensor]:
+    """Label weights and scores of a field; mixed rows; and an empty result."""
+    unary, w_c = 2 * _random(r, v, seed=v), 0.5 * _random(v, v, seed=1).bfloat16()
+    step = LabelStep(unary.to(device), w_c.to(device))
+    if not step.fits:
+        pytest.skip("older than tensor cores for bfloat16")
+    return step, _random(r, v, seed=2).bfloat16().to(device), torch.empty(r, v, device=device)
+
+
+def _launched(step: LabelStep, mixed: Tensor, q: Tensor, emulated: bool) -> str:
+    """Runs an iteration; the kernels it launched, where that can be seen."""
+    if emulated:
+        _C.device.launches.clear()
+    step(mixed, None, 0.0, 0.7, q)
+    return " ".join(_C.device.launches) if emulated else ""
+
+
+# Tiles of 64 labels by 32, 80 and 128 rows and, of 4 processors, of 128 labels by 128 and 256 rows;
+# most also with more tiles than processors and more chunks than stages.
+HOPPER_CASES = [
+    (1, 8, "1ELi32E"), (17, 456, "1ELi32E"), (66, 328, "1ELi80E"), (100, 264, "1ELi128E"),
+    (130, 136, "2ELi128E"), (260, 392, "2ELi128E"), (130, 264, "2ELi256E"), (390, 392, "2ELi256E"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("r", "v", "tile"), HOPPER_CASES)
+def test_logits_on_hopper(r: int, v: int, tile: str, device: torch.device, emulated: bool) -> None:
+    step, mixed, q = _step(r, v, device)
+    launched = _launched(step, mixed, q, emulated)
+    assert not emulated or ("logits_hopper_kernel" in launched and tile in launched)
+    x, sums = step.logits.cpu(), step.sums.cpu()
+
+    m, w_c, unary = (t.cpu().double() for t in (mixed, step.w_c, step.unary))
+    truth = (m @ w_c.T + unary) / 0.7
+    # Of 8 or 16 products each the sum is rounded, or truncated, to float32.
+    bound = (v / 8 + 6) * 2**-23 * (m.abs() @ w_c.abs().T + unary.abs()) / 0.7
+    assert ((x - truth).abs() <= bound).all()
+    parts = torch.nn.functional.pad(x, (0, -v % 32), value=-math.inf).view(r, -1, 32)
+    assert torch.equal(sums[..., 0], parts.amax(-1))
+    exact = (parts - parts.amax(-1, keepdim=True)).double().exp().sum(-1)
+    torch.testing.assert_close(sums[..., 1].double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(q.cpu(), x.softmax(-1), rtol=1e-4, atol=1e-7)
+    if emulated and _C.build_info()["cuda_archs"] == ["80-virtual"]:
+        other, _, q_of_other = _step(r, v, device)
+        _C.device.capability = (8, 0)
+        assert "hopper" not in _launched(other, mixed, q_of_other, emulated)
+        assert ((x - other.logits).abs() <= 2 * bound).all()
+        torch.testing.assert_close(q, q_of_other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_row_on_hopper_does_not_depend_on_how_many_there_are(device: torch.device) -> None:
+    whole, mixed, q = _step(260, 264, device)
+    whole(mixed, None, 0.0, 1.0, q)
+    for r in (130, 100, 66, 17):  # each of another tile
+        part = LabelStep(whole.unary[:r], whole.w_c)
+        q_of_part = torch.empty_like(part.unary)
+        part(mixed[:r], None, 0.0, 1.0, q_of_part)
+        assert torch.equal(part.logits, whole.logits[:r])
+        assert torch.equal(part.sums, whole.sums[:r])
+        assert torch.equal(q_of_part, q[:r])
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("r", [6, 130])
+def test_scores_that_are_none_on_hopper(r: int, device: torch.device) -> None:
+    step, mixed, q = _step(r, 136, device)
+    step.unary[1, 30:70] = -math.inf  # more than a part
+    step.unary[2] = -math.inf
+    step.unary[3, 38] = math.nan
+    step.unary[4, 5] = math.inf
+    step(mixed, None, 0.0, 1.0, q)
+    q = q.cpu()
+    assert (q[1, 30:70] == 0).all()
+    assert q[2:5].isnan().all()
+    assert q[[0, 1, *range(5, r)]].isfinite().all()

@@ -339,6 +339,29 @@ def test_compile(device: torch.device) -> None:
     torch.testing.assert_close(compiled, expected)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_are_rounded_as_by_a_cast(
+    dtype: torch.dtype, channel_dim: int, metric: str, device: torch.device
+) -> None:
+    """Halfway cases, what overflows in float16, and what is subnormal there."""
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-9])
+    edges = torch.tensor([65519.0, 65520.0, -1e6, 3e-8, 2**-25, 3 * 2**-25, 1e-40])
+    codebook = torch.cat([ties, edges, case_of(1, 1, 84)[0][0]]).view(8, 12).to(device)
+    chosen = (torch.arange(30, device=device) * 7 % 8).view(2, 15)
+    x = codebook[chosen].clamp(-6e4, 6e4).to(dtype).movedim(-1, channel_dim)
+    quantized, indices, loss = vq_quantize(x, codebook, metric=metric, channel_dim=channel_dim)
+    codes = codebook[indices].movedim(-1, channel_dim)
+    assert torch.equal(quantized, codes.to(dtype))
+    # Of the codes as they are, not as they were rounded.
+    squares = (x.double() - codes.double()).square().mean() * 1.25
+    torch.testing.assert_close(loss.double(), squares, rtol=1e-4, atol=1e-12)
+    found = vq_lookup(indices, codebook.to(dtype), channel_dim=channel_dim)
+    assert found.dtype == dtype
+    assert torch.equal(found, codes.to(dtype))
+
+
 def test_autocast_computes_in_float32(device: torch.device) -> None:
     x, codebook = (t.to(device) for t in case_of(40, 30, 8))
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -423,7 +446,8 @@ def test_forward_mode_is_refused() -> None:
 def test_lookup_of_an_index_out_of_range(index: int, device: torch.device, kernels: str) -> None:
     indices, codebook = torch.tensor([0, index], device=device), torch.randn(5, 3, device=device)
     if kernels == "cuda":
-        assert vq_lookup(indices, codebook)[1].isnan().all()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert vq_lookup(indices, codebook.to(dtype))[1].isnan().all()
         return
     with pytest.raises(IndexError, match=rf"vq_lookup: index {index} is outside \[0, 5\)"):
         vq_lookup(indices, codebook)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The roads that a search may take on CUDA, each by shapes about the edges of its tiles."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -56,19 +54,6 @@ def test_nearest_is_exact_on_tensor_cores(
     if emulated and _C.build_info()["cuda_archs"] != ["75-virtual"]:
         assert "coarse_kernel" in launched
         assert "scan_kernel" not in launched
-
-
-@pytest.fixture
-def hopper(emulated: bool, kernels: str) -> Iterator[None]:
-    """An emulated device is one of compute capability 9.0."""
-    if kernels == "cpu":
-        pytest.skip("as on any other CPU")
-    if not emulated:
-        yield
-        return
-    before, _C.device.capability = _C.device.capability, (9, 0)
-    yield
-    _C.device.capability = before
 
 
 # As above, for blocks of 256 rows and 128 codes, chunks of 64 channels and steps of 16; more chunks

@@ -4,7 +4,7 @@
 Sizes: `n` rows, `k` codes, `d` channels, `g` groups. `x` has its channels in dimension
 `channel_dim`; every other position is a row. Inside, tensors are viewed as `[outer, d, inner]`,
 which costs no copy for `[n, d]`, `[b, n, d]` and images `[b, d, h, w]`. CPU kernels see float32,
-CUDA kernels `x` in its own dtype.
+CUDA kernels `x`, and what they write of codes, in its own dtype.
 """
 
 import math
@@ -93,15 +93,11 @@ def _nearest_fake(
 
 
 def _lookup(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
-    return _lookup_float(indices, codebook, channel_dim).to(codebook.dtype)
-
-
-def _lookup_float(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
     codes = codebook.float().contiguous()
-    out = _lookup_fake(indices, codes, channel_dim)
+    out = _lookup_fake(indices, codebook if codebook.is_cuda else codes, channel_dim)
     rows, threads = _as_rows(out, channel_dim), torch.get_num_threads()
     _C.vq_lookup(indices.contiguous(), codes, rows, threads)
-    return out
+    return out.to(codebook.dtype)
 
 
 def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
@@ -144,7 +140,9 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = _readable(x)
     distance, indices = _nearest(rows, codebook, metric, channel_dim)
-    quantized = _empty_like_rows(rows, channel_dim, torch.float32)
+    # The CUDA kernel rounds what it writes; other metrics want the codes as they are.
+    dtype = x.dtype if x.is_cuda and metric == "l2" else torch.float32
+    quantized = _empty_like_rows(rows, channel_dim, dtype)
     loss = distance.new_empty([])
     _C.vq_lookup(
         indices,
