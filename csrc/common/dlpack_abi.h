@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the DLPack 1.x ABI that the bindings read and write. The layouts are fixed by the DLPack
-// specification; the function table is what torch.Tensor.__dlpack_c_exchange_api__ points to, a
-// capsule named "dlpack_exchange_api".
+// The part of the DLPack 1.x ABI that the bindings read and write. The layouts are fixed by the
+// DLPack specification; the function table is what torch.Tensor.__dlpack_c_exchange_api__ points
+// to, a capsule named "dlpack_exchange_api".
 #pragma once
 
 #include <cstdint>
