@@ -187,6 +187,7 @@ void label_product(const TensorView& rows, const TensorView& packed, const Tenso
   T2P_CHECK(rows.ndim() == 2, kOp, ": rows must be [r, v], got ", rows.shape_text());
   const std::int64_t r = rows.size(0), v = rows.size(1);
   check_array(kOp, "rows", rows, r * v);
+  T2P_CHECK(packed_labels_size(v) > 0, kOp, ": this processor has no product for packed labels");
   const std::int32_t* labels = packed_labels(packed, v);
   float* to = floats(kOp, "message", message, r * v);
   py::gil_scoped_release nogil;
