@@ -256,8 +256,7 @@ def group_norm_silu(
         scale: `[b, c]`, or `[b, c, 1, ...]`.
         shift: Likewise.
         inplace: Writes over x, which must be contiguous or have its channels last, and returns it.
-            Saves a result's memory and, for large ones, the time to enter fresh pages. Not where a
-            gradient is wanted.
+            Saves a result's memory. Not where a gradient is wanted.
 
     Returns:
         `[b, c, ...]` in the dtype of x. O(b c n) time, and O(b c) memory beside the result, with

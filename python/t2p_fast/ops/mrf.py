@@ -39,7 +39,9 @@ __all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 _FEW_ROWS = 128  # up to which packed label weights are faster than torch's product
 _MOST_RANK = 256  # that the kernel for label weights of low rank takes
 # Elsewhere products of bfloat16 on a CPU take several times as long as those of float32.
-_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+_HAS_BFLOAT16: bool = getattr(
+    torch.cpu, "_is_avx512_bf16_supported", lambda: _C.build_info()["isa"] == "avx512_bf16"
+)()
 
 
 def _check_labels_known(known: Tensor | None, v: int) -> None:
