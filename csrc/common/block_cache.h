@@ -16,6 +16,23 @@ void* take_block(std::int64_t bytes);
 // `bytes` is what take_block was asked for.
 void give_block(void* block, std::int64_t bytes);
 
+// An array in such a block, for work that is done and forgotten.
+template <class T>
+class CachedArray {
+ public:
+  explicit CachedArray(std::int64_t count)
+      : bytes_(count * static_cast<std::int64_t>(sizeof(T)) + 1),
+        data_(static_cast<T*>(take_block(bytes_))) {}
+  ~CachedArray() { give_block(data_, bytes_); }
+  CachedArray(const CachedArray&) = delete;
+  CachedArray& operator=(const CachedArray&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  std::int64_t bytes_;
+  T* data_;
+};
+
 // Bytes that are free but kept, and their limit; at first a sixteenth of the machine's memory, and
 // at most 1 GiB.
 std::int64_t kept_bytes();

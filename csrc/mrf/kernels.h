@@ -24,6 +24,24 @@ constexpr int kLowRankRows = 4;  // that are taken together
 // Of a label product: rows of a tile at most, and pairs of columns that are taken at a time.
 constexpr std::int64_t kMostRows = 12, kPairs = 256, kPanelLabels = 32;
 
+// Of a product by halves: what takes the place of eight products of quarters.
+constexpr int kProducts = 7;
+
+// scale times numbers in bfloat16.
+struct ScaledRow {
+  const std::uint16_t* words;
+  float scale;
+};
+
+// Where a row of the upper half and one of the lower half, null if there is none, have their place,
+// `half` labels behind each other their left and right parts, and how what is in them was scaled.
+struct JoinedRow {
+  std::int64_t half;
+  const float *scale, *inverse;  // of labels
+  float upper_inverse, lower_inverse;
+  float *upper, *lower;
+};
+
 struct Kernels {
   // One row of update_cpu, all arguments [v]; false if its maximum is not finite. `scratch` has v
   // floats and a vector more.
@@ -67,6 +85,13 @@ struct Kernels {
                       std::int64_t first, std::int32_t* to) = nullptr;
   void (*multiply)(const std::int32_t* rows, const std::int32_t* labels, std::int64_t tile,
                    std::int64_t stride, bool begin, float* sums) = nullptr;
+
+  // a + b in bfloat16, and `count` labels of the rows that kProducts products make, which lie
+  // `size` floats apart; both counts whole vectors.
+  void (*add_scaled)(const ScaledRow& a, const ScaledRow& b, std::int64_t count,
+                     std::uint16_t* to) = nullptr;
+  void (*join_products)(const JoinedRow& row, const float* products, std::int64_t size,
+                        std::int64_t count) = nullptr;
 };
 
 // log(a) of mrf.cpp.

@@ -299,7 +299,9 @@ const Kernels kKernels{.update_row = update_row,
 #if defined(__AVX512BF16__)
                        .pack_rows = pack_rows,
                        .pack_labels = pack_labels,
-                       .multiply = multiply
+                       .multiply = multiply,
+                       .add_scaled = add_scaled,
+                       .join_products = join_products
 #endif
 };
 

@@ -94,10 +94,47 @@ void multiply(const std::int32_t* rows, const std::int32_t* labels, std::int64_t
 
 void pack_rows(const std::uint16_t* rows, std::int64_t count, std::int64_t v, std::int64_t first,
                std::int32_t* to) {
+  if (v % 2 == 0 && first + kPairs <= v / 2) {
+    for (std::int64_t p = 0; p < kPairs; ++p) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        __builtin_memcpy(to + p * count + i, rows + i * v + 2 * (first + p), sizeof(*to));
+      }
+    }
+    return;
+  }
   for (std::int64_t p = 0; p < kPairs; ++p) {
     for (std::int64_t i = 0; i < count; ++i) {
       to[p * count + i] = pair_of(rows + i * v, v, first + p);
     }
+  }
+}
+
+void add_scaled(const ScaledRow& a, const ScaledRow& b, std::int64_t count, std::uint16_t* to) {
+  const F32 of_a = broadcast(a.scale), of_b = broadcast(b.scale);
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const F32 sum = mul(of_b, load_bf16(b.words + i));
+    store_bf16(to + i, multiply_add(of_a, load_bf16(a.words + i), sum));
+  }
+}
+
+void join_products(const JoinedRow& row, const float* products, std::int64_t size,
+                   std::int64_t count) {
+  const F32 upper = broadcast(row.upper_inverse), lower = broadcast(row.lower_inverse);
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    F32 m[kProducts];
+#pragma GCC unroll 7
+    for (int k = 0; k < kProducts; ++k) m[k] = load(products + k * size + i);
+    // Those with labels as they are: on the scale of the others, of powers of two and so exactly.
+    m[1] = mul(m[1], load(row.scale + i));
+    m[4] = mul(m[4], load(row.scale + row.half + i));
+    const F32 left = load(row.inverse + i), right = load(row.inverse + row.half + i);
+    const F32 above = mul(add(sub(add(m[0], m[3]), m[4]), m[6]), left);
+    const F32 below = mul(add(add(sub(m[0], m[1]), m[2]), m[5]), right);
+    store(row.upper + i, mul(above, upper));
+    store(row.upper + row.half + i, mul(mul(add(m[2], m[4]), right), upper));
+    if (row.lower == nullptr) continue;
+    store(row.lower + i, mul(mul(add(m[1], m[3]), left), lower));
+    store(row.lower + row.half + i, mul(below, lower));
   }
 }
 

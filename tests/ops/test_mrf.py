@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast import reference
+from t2p_fast._library import _C
 from t2p_fast.ops import (
     GridWeights,
     LowRank,
@@ -147,10 +148,12 @@ def test_any_rank(rank: int) -> None:
     torch.testing.assert_close(mrf_mean_field(f, w_s, w_c).double(), truth, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize(("v", "unknown"), [(512, 66), (1023, 7), (1024, 128), (1024, 129)])
+@pytest.mark.parametrize(
+    ("v", "unknown"), [(512, 66), (1023, 7), (1024, 31), (1024, 32), (1024, 129)]
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
-    """They change nothing but the rounding of messages, which is less with them."""
+    """They change nothing but the rounding of messages."""
     f = _random(2, 80, v, seed=1)
     w_s, w_c = _random(80, 80, seed=2) / 9, (0.2 * _random(v, v, seed=3)).bfloat16()
     known = torch.randint(0, v, (2, 80), generator=torch.Generator().manual_seed(4))
@@ -159,7 +162,8 @@ def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
         f.double(), w_s.double(), w_c.double(), iterations=3, known=known
     )
     packed, before = mrf_pack(w_c), torch.get_num_threads()
-    assert packed.numel() in (0, 4 * v * v, 4 * -(-v // 32) * 32 * -(-v // 512) * 256)
+    whole = 4 * -(-v // 32) * 32 * -(-v // 512) * 256
+    assert packed.numel() in (0, 4 * v * v, whole, whole + 8 * v + 5 * v * v // 2)
     try:
         torch.set_num_threads(threads)
         ours = mrf_mean_field(f, w_s, w_c, iterations=3, known=known, packed=packed)
@@ -167,6 +171,32 @@ def test_packed_label_weights(v: int, unknown: int, threads: int) -> None:
         torch.set_num_threads(before)
     plain = mrf_mean_field(f, w_s, w_c, iterations=3, known=known)
     assert float((ours - truth).abs().max()) <= max(2e-2, float((plain - truth).abs().max()))
+
+
+@pytest.mark.parametrize("r", [33, 256, 300])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_label_product_by_halves(r: int, threads: int) -> None:
+    """No row or label loses precision to one of larger numbers, and an infinity stays its own."""
+    v = 1024
+    if not _C.mrf_packed_size(v):
+        pytest.skip("this processor has no product for packed labels")
+    rows = _random(r, v, seed=1) * 10 ** torch.linspace(-4, 4, r)[:, None]
+    w_c = _random(v, v, seed=2) * 10 ** torch.linspace(5, -5, v)[:, None]
+    w_c[7] = 0
+    rows, w_c, message = rows.bfloat16(), w_c.bfloat16(), torch.empty(r, v)
+    for value in (None, float("inf")):
+        if value is not None:
+            w_c[3, 5] = value
+        _C.mrf_label_product(rows, mrf_pack(w_c), message, threads)
+        truth = rows.double() @ w_c.double().T
+        size = rows.double().norm(dim=1)[:, None] * w_c.double().norm(dim=1)
+        error = ((message - truth) / size)[:, size[0].isfinite() & (size[0] > 0)]
+        assert float(error.abs().max()) < (3e-3 if value is None else 1e-6)
+        assert not message[:, 7].any()
+    assert not message[:, 3].isfinite().any()
+    rows[1, 2] = float("nan")
+    _C.mrf_label_product(rows, mrf_pack(w_c.nan_to_num(0, 0, 0)), message, threads)
+    assert message.isnan().any(1).tolist() == [i == 1 for i in range(r)]
 
 
 def test_of_equals_the_likeliest_is_the_first() -> None:

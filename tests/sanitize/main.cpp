@@ -225,6 +225,27 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
   }
 }
 
+// Rows times packed label weights, where the processor has instructions for it.
+void label_product(std::int64_t r, std::int64_t v) {
+  const std::int64_t words = t2p::mrf::packed_labels_size(v);
+  if (words == 0) return;
+  std::vector<std::uint16_t> rows(r * v), w_c(v * v);
+  std::mt19937 random(1);
+  for (auto* values : {&rows, &w_c}) {
+    for (std::uint16_t& value : *values) value = static_cast<std::uint16_t>(random() % 0x4000);
+  }
+  std::vector<std::int32_t> packed(words), first_packed;
+  std::vector<float> message(r * v), first;
+  for (int threads : {1, 2, 5}) {
+    t2p::mrf::pack_labels_cpu(w_c.data(), v, threads, packed.data());
+    t2p::mrf::label_product_cpu(rows.data(), packed.data(), r, v, threads, message.data());
+    if (threads == 1) first_packed = packed;
+    if (threads == 1) first = message;
+    require(first_packed == packed, "the same packed weights for any number of threads");
+    require(first == message, "the same messages for any number of threads");
+  }
+}
+
 // A step with everything that it can have, on `dtype`; arrays are as long as they have to be.
 void step(std::int64_t batch, std::int64_t n, t2p::scheduler::Dtype dtype,
           t2p::scheduler::Bound bound) {
@@ -306,6 +327,8 @@ int main() {
     mrf(17, 65, temperature);
     mrf(5, 259, temperature);
   }
+  label_product(13, 1023);
+  for (std::int64_t rows : {5, 35, 261}) label_product(rows, 1024);
   for (auto dtype : {t2p::scheduler::Dtype::kFloat32, t2p::scheduler::Dtype::kBfloat16,
                      t2p::scheduler::Dtype::kFloat16}) {
     for (auto bound : {t2p::scheduler::Bound::kNone, t2p::scheduler::Bound::kClip,
