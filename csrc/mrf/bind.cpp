@@ -87,28 +87,31 @@ std::int64_t update(const Optional& message, const TensorView& unary, const Opti
   return update_cpu(from, scores, before, r, v, s, d, t, threads, to);
 }
 
-std::int64_t low_rank_step(const TensorView& unary, const TensorView& row, const Optional& heard,
-                           const TensorView& a, const TensorView& b, double temperature,
-                           const Optional& said, const Optional& q, const Optional& labels,
-                           int threads) {
+std::int64_t low_rank_step(const TensorView& begin, const TensorView& node,
+                           const TensorView& weight, const TensorView& unary, const TensorView& row,
+                           const Optional& words, const TensorView& a, const TensorView& b,
+                           double temperature, const Optional& said, const Optional& q,
+                           const Optional& labels, int threads) {
   constexpr const char* kOp = "mrf_mean_field";
   T2P_CHECK(a.ndim() == 2 && unary.ndim() == 2 && unary.size(1) == a.size(1), kOp,
             ": unary must be [., v] and a [k, v], got ", unary.shape_text(), " and ",
             a.shape_text());
-  const std::int64_t r = row.count(), v = unary.size(1), k = a.size(0);
+  const std::int64_t r = row.count(), rows = unary.size(0), v = unary.size(1), k = a.size(0);
   T2P_CHECK(v > 0 && k <= kMostRank, kOp, ": a must have at most ", kMostRank, " rows, got ", k);
-  const LowRankStep step{.unary = floats(kOp, "unary", unary, unary.count()),
+  const LowRankStep step{.unary = floats(kOp, "unary", unary, rows * v),
                          .row = integers(kOp, "row", row, r),
-                         .heard = heard ? floats(kOp, "heard", *heard, r * k) : nullptr,
+                         .words = words ? floats(kOp, "words", *words, rows * k) : nullptr,
+                         .edges = edges_of(kOp, begin, node, weight),
                          .a = floats(kOp, "a", a, k * v),
                          .b = floats(kOp, "b", b, k * v),
                          .r = r,
+                         .n = begin.count() - 1,
                          .v = v,
                          .k = k,
                          .temperature = static_cast<float>(temperature)};
-  float* to = said ? floats(kOp, "said", *said, r * k) : nullptr;
-  float* out = q ? floats(kOp, "q", *q, unary.count()) : nullptr;
-  std::int64_t* found = labels ? integers(kOp, "labels", *labels, unary.count() / v) : nullptr;
+  float* to = said ? floats(kOp, "said", *said, rows * k) : nullptr;
+  float* out = q ? floats(kOp, "q", *q, rows * v) : nullptr;
+  std::int64_t* found = labels ? integers(kOp, "labels", *labels, rows) : nullptr;
   py::gil_scoped_release nogil;
   return low_rank_step_cpu(step, threads, to, out, found);
 }
@@ -294,10 +297,10 @@ void bind(py::module_& m) {
   m.def("mrf_update", &update, py::arg("message").none(true), py::arg("unary"),
         py::arg("previous").none(true), py::arg("scale"), py::arg("damping"),
         py::arg("temperature"), py::arg("next"), py::arg("threads"));
-  m.def("mrf_low_rank_step", &low_rank_step, py::arg("unary"), py::arg("row"),
-        py::arg("heard").none(true), py::arg("a"), py::arg("b"), py::arg("temperature"),
-        py::arg("said").none(true), py::arg("q").none(true), py::arg("labels").none(true),
-        py::arg("threads"));
+  m.def("mrf_low_rank_step", &low_rank_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
+        py::arg("unary"), py::arg("row"), py::arg("words").none(true), py::arg("a"), py::arg("b"),
+        py::arg("temperature"), py::arg("said").none(true), py::arg("q").none(true),
+        py::arg("labels").none(true), py::arg("threads"));
   m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
   m.def("mrf_label_parts", &label_parts, py::arg("unary"), py::arg("w_c"));

@@ -254,17 +254,15 @@ std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int
                            float* scratch, float* said, float* q, std::int64_t* labels) {
   const std::int64_t stride = step.v + kLanes;
   const float* unary[kLowRankRows];
-  float heard[kLowRankRows * kMostRank], answer[kLowRankRows * kMostRank];
+  float heard[kLowRankRows * kMostRank + kLanes], answer[kLowRankRows * kMostRank];
   float largest[kLowRankRows], share[kLowRankRows];
   for (std::int64_t r = 0; r < kLowRankRows;
        ++r) {  // the last row also in the place of lacking ones
     const std::int64_t at = first + (r < count ? r : count - 1);
     unary[r] = step.unary + step.row[at] * step.v;
-    for (std::int64_t k = 0; step.heard && k < step.k; ++k) {
-      heard[r * step.k + k] = step.heard[at * step.k + k];
-    }
+    if (step.words) gather_words(step, step.row[at], heard + r * step.k);
   }
-  hear(step, unary, step.heard ? heard : nullptr, stride, scratch, largest);
+  hear(step, unary, step.words ? heard : nullptr, stride, scratch, largest);
   std::int64_t bad = -1;
   for (std::int64_t r = 0; r < count; ++r) {
     const bool finite = largest[r] > -kInfinity;
@@ -282,7 +280,10 @@ std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int
   if (said == nullptr) return bad;
   for (std::int64_t r = count; r < kLowRankRows; ++r) share[r] = 0;
   say(step, scratch, stride, share, answer);
-  for (std::int64_t i = 0; i < count * step.k; ++i) said[first * step.k + i] = answer[i];
+  for (std::int64_t r = 0; r < count; ++r) {
+    float* to = said + step.row[first + r] * step.k;
+    for (std::int64_t k = 0; k < step.k; ++k) to[k] = answer[r * step.k + k];
+  }
   return bad;
 }
 

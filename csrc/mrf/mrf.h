@@ -54,22 +54,23 @@ std::int64_t update_cpu(Values message,      // [r, v], or null: 0
                         MutableValues next);  // [r, v], not an input
 
 // An iteration with label weights of low rank, W_c = A B^T, where q itself is not needed: its
-// rows are softmax((unary + heard A^T) / temperature), and `said` is q B. The spatial message is
-// linear, so that W_s (q B) is what the rows hear next.
+// rows are softmax((unary + (W_s words) A^T) / temperature), `words` being q B of the iteration
+// before. The spatial message is linear, so that it is as long as the rank.
 struct LowRankStep {
-  const float* unary;       // [., v]
-  const std::int64_t* row;  // [r], the rows of `unary`, and of q, that are meant
-  const float* heard;       // [r, k], or null: 0
+  const float* unary;       // [b n, v]
+  const std::int64_t* row;  // [r], the rows of `unary` and of all results that are meant
+  const float* words;       // [b n, k], or null: 0
+  Edges edges;              // W_s
   const float* a;           // [k, v], A^T
   const float* b;           // [k, v], B^T
-  std::int64_t r, v, k;
+  std::int64_t r, n, v, k;
   float temperature;
 };
 // Returns the first of r rows whose maximum is not finite, and whose label is 0, or -1.
 std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads,
-                               float* said,            // [r, k], or null
-                               float* q,               // [., v], or null
-                               std::int64_t* labels);  // [.], the likeliest, or null
+                               float* said,            // [b n, k], or null
+                               float* q,               // [b n, v], or null
+                               std::int64_t* labels);  // [b n], the likeliest, or null
 
 // message[row] = sum_e weight[e] q[node[e]], the spatial message of Algorithm 1, line 3.
 void message_cpu(const Edges& edges, const Positions& positions,

@@ -10,6 +10,32 @@
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
 
+// What a row hears, k numbers; up to the next whole vector `heard` is overwritten.
+void gather_words(const LowRankStep& step, std::int64_t row, float* heard) {
+  constexpr int kChains = 4;  // of sums, so that one need not wait for another
+  const Edges& edges = step.edges;
+  const std::int64_t i = row % step.n, last = edges.begin[i + 1];
+  for (std::int64_t k = 0; k < step.k; k += kLanes) {
+    const float* words = step.words + (row - i) * step.k + k;
+    const int count = static_cast<int>(step.k - k < kLanes ? step.k - k : kLanes);
+    F32 sums[kChains];
+#pragma GCC unroll 4
+    for (F32& sum : sums) sum = broadcast(0.0f);
+    const auto add_edge = [&](std::int64_t e, F32& sum) {
+      const float* from = words + edges.node[e] * step.k;
+      const F32 word = count < kLanes ? load_first(from, count) : load(from);
+      sum = multiply_add(broadcast(edges.weight[e]), word, sum);
+    };
+    std::int64_t e = edges.begin[i];
+    for (; e + kChains <= last; e += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add_edge(e + c, sums[c]);
+    }
+    for (; e < last; ++e) add_edge(e, sums[0]);
+    store(heard + k, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  }
+}
+
 // unary + heard A^T of kLowRankRows rows, for `kVectors` vectors of labels from `a` on; or, if
 // there are fewer labels left than one vector has lanes, for `count` of them.
 template <int kVectors>

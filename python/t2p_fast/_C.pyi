@@ -148,9 +148,12 @@ def mrf_update(
     threads: int,
 ) -> int: ...
 def mrf_low_rank_step(
+    begin: Tensor,
+    node: Tensor,
+    weight: Tensor,
     unary: Tensor,
     row: Tensor,
-    heard: Tensor | None,
+    words: Tensor | None,
     a: Tensor,
     b: Tensor,
     temperature: float,

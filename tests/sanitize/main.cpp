@@ -174,7 +174,7 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
   }
   const t2p::mrf::Edges edges{begin.data(), node.data(), weight.data()};
   const t2p::mrf::Positions positions{slot.data(), row.data(), 2, n, r};
-  std::vector<float> ranks(5 * v, 0.25f), heard(5 * r, 0.5f), said(5 * r), first_said,
+  std::vector<float> ranks(5 * v, 0.25f), words(10 * n, 0.5f), said(10 * n), first_said,
       full(2 * n * v);
   std::vector<float> messages(4 * n * v), sent(4 * n * v), beliefs(2 * n * v), first;
   const std::vector<std::int64_t> factor_of(2 * n);
@@ -192,10 +192,12 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
     require(first == next, "the same probabilities for any number of threads");
     const t2p::mrf::LowRankStep low{.unary = unary.data(),
                                     .row = row.data(),
-                                    .heard = heard.data(),
+                                    .words = words.data(),
+                                    .edges = edges,
                                     .a = ranks.data(),
                                     .b = ranks.data(),
                                     .r = r,
+                                    .n = n,
                                     .v = v,
                                     .k = 5,
                                     .temperature = temperature + 1};

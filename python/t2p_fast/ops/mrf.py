@@ -19,6 +19,7 @@ from t2p_fast.ops.mrf_graph import (
     LabelWeights,
     LowRank,
     PairWeights,
+    all_edges,
     check_floats,
     check_labels,
     check_pairs,
@@ -111,34 +112,28 @@ def _low_rank(
     scores, threads = unary.float().contiguous().view(-1, v), torch.get_num_threads()
     first, second = w_c.float().t().contiguous(), w_b.float().t().contiguous()
     edges, matrix = _local_or_dense(w_s.float(), begin, node, height, width, n)
+    if edges is None:
+        edges = all_edges(w_s if matrix is None else matrix)
     q = None if labels_alone else empty_like(scores)
     labels = torch.empty(b * n, dtype=torch.int64) if known is None else known.flatten().clone()
-    words, mixed = (torch.empty(b * n, first.shape[0]) for _ in range(2))
-    row = everywhere = torch.arange(b * n)
+    words, fresh = (torch.empty(b * n, first.shape[0]) for _ in range(2))
+    row = torch.arange(b * n)
     if known is not None:
         row, fixed = ((labels < 0).nonzero()[:, 0], (labels >= 0).nonzero()[:, 0])
-        words[fixed] = second.t()[labels[fixed]]
+        fresh[fixed] = words[fixed] = second.t()[labels[fixed]]
         if q is not None:
             q.index_fill_(0, fixed, 0.0)
             q[fixed, labels[fixed]] = 1
-    said, heard = torch.empty(len(row), first.shape[0]), None
     for step in range(iterations + 1):
         last = step == iterations
         bad = _C.mrf_low_rank_step(
-            scores, row, heard, first, second, temperature, None if last else said,
-            q if last else None, labels if last and labels_alone else None, threads,
+            *edges, scores, row, words if step else None, first, second, temperature,
+            None if last else fresh, q if last else None,
+            labels if last and labels_alone else None, threads,
         )  # fmt: skip
         if bad >= 0 and step == 0:
             raise _bad_unary(int(row[bad]) % n)
-        if not last:
-            words[row] = said
-            if edges is not None:
-                _C.mrf_message(*edges, everywhere, everywhere, words, mixed, threads)
-            elif matrix is not None:
-                # One product for all pictures: torch takes many small ones one by one.
-                beside = words.view(b, n, -1).transpose(0, 1).flatten(1)
-                mixed = (matrix @ beside).view(n, b, -1).transpose(0, 1).flatten(0, 1)
-            heard = mixed[row]
+        words, fresh = fresh, words
     return labels.view(b, n) if q is None else q.view(b, n, v).to(unary.dtype)
 
 

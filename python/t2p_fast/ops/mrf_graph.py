@@ -182,6 +182,17 @@ def _edges_of(
         return Edges(begin, node, torch.tensor(weights, dtype=torch.float32)[entry])
 
 
+@lru_cache(maxsize=16)
+def _all_pairs(n: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.arange(0, n * n + 1, max(n, 1)), torch.arange(n).repeat(n)
+
+
+def all_edges(matrix: Tensor) -> Edges:
+    """Those of a matrix ``[n, n]`` on a CPU with its zeros and its diagonal."""
+    return Edges(*_all_pairs(len(matrix)), matrix.detach().float().flatten())
+
+
 def dense_edges(w_s: Tensor) -> Edges:
     """The edges of a matrix's non-zero weights, but those from a position to itself."""
     n = w_s.shape[0]
