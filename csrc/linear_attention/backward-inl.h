@@ -126,9 +126,9 @@ void backward_causal(const Attention& attention, const Head& head, const Gradien
       write_slope(gradients.q, head, row + i, d, attention.feature, nullptr, query, x);
     }
   }
-  transpose(w.grad, dp, ep, w.grad_t);
   for (std::int64_t row = (n - 1) / kChunk * kChunk; row >= 0; row -= kChunk) {
     const std::int64_t count = read_chunk(row);
+    transpose(w.grad, dp, ep, w.grad_t);
     for (std::int64_t i = 0; i < count; ++i) {
       scale_row(factors[2 * (row + i)], ep, w.grads + i * ep);
     }
@@ -141,7 +141,6 @@ void backward_causal(const Attention& attention, const Head& head, const Gradien
     multiply_lower(w.grads, w.transposed, ep, w.products);
     multiply<true>({w.products, 1, kChunk}, kChunk, kChunk, w.queries, dp, dp, w.rows_d, dp);
     multiply<true>({w.queries, 1, dp}, dp, count, w.grads, ep, ep, w.grad, ep);
-    multiply<true>({w.grads, 1, ep}, ep, count, w.queries, dp, dp, w.grad_t, dp);
     for (std::int64_t i = count - 1; i >= 0; --i) {
       float *key = w.keys + i * dp, *x = w.rows_d + i * dp;
       add_scaled(factors[2 * (row + i) + 1], w.queries + i * dp, dp, w.grad_z);
