@@ -237,9 +237,15 @@ void multiply(Matrix a, std::int64_t height, std::int64_t depth, const float* b,
   }
 }
 
+// to [width, height] = from^T; both are multiples of kPad.
 void transpose(const float* from, std::int64_t height, std::int64_t width, float* to) {
-  for (std::int64_t i = 0; i < height; ++i) {
-    for (std::int64_t j = 0; j < width; ++j) to[j * height + i] = from[i * width + j];
+  for (std::int64_t j = 0; j < width; j += 4) {
+    for (std::int64_t i = 0; i < height; i += kLanes) {
+      F32 quads[4];
+      for (int r = 0; r < 4; ++r) quads[r] = load_quads(from + (i + r) * width + j, 4 * width);
+      transpose_quads(quads);
+      for (int r = 0; r < 4; ++r) store(to + (j + r) * height + i, quads[r]);
+    }
   }
 }
 
