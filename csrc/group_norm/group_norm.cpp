@@ -127,7 +127,11 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, b
   const std::int64_t groups = norm.b * norm.groups, channels = norm.c / norm.groups;
   if (threads == 1 || groups >= 2 * threads) {  // a group's second pass finds it in the cache
     const std::int64_t run = std::max<std::int64_t>(groups / (4 * threads), 1);
-    const std::int64_t step = count * element_bytes(norm) <= kNearBytes ? count : 0;
+    const std::int64_t bytes = count * element_bytes(norm);
+    // Small groups are asked for ahead of time only where their places in the cache are not needed
+    // for results.
+    const bool asks = bytes <= kNearBytes && (large || bytes > kNearBytes / 4);
+    const std::int64_t step = asks ? count : 0;
     parallel_for(threads, ceil_div(groups, run), [&](std::int64_t task) {
       std::vector<Moments> moments(blocks);
       const std::int64_t end = std::min(groups, (task + 1) * run);
@@ -136,9 +140,11 @@ void contiguous_forward(const Kernels& kernels, const Norm& norm, int threads, b
           moments[i] = block_at(kernels, norm, group * count, count, i);
         }
         finish(moments.data(), group);
-        // Backwards: of a group that is larger than the cache the end is in it.
-        for (std::int64_t i = (group + 1) * channels; i-- > group * channels;) {
-          normalise(i, 0, norm.n, group + 1 < end ? step : 0);
+        // Backwards: of a group that is larger than the cache the end is in it. Results of one that
+        // is not follow those of the group before, so that the processor sees them coming.
+        for (std::int64_t i = 0; i < channels; ++i) {
+          const std::int64_t channel = bytes <= kNearBytes / 2 ? i : channels - 1 - i;
+          normalise(group * channels + channel, 0, norm.n, group + 1 < end ? step : 0);
         }
       }
     });
