@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2p_fast._checks import is_plain
 from t2p_fast._library import _C, define_op
-from t2p_fast.memory import empty, empty_like
+from t2p_fast.memory import LARGE, empty, empty_like
 from t2p_fast.ops.scheduler_autograd import (
     CLIP,
     NO_BOUND,
@@ -160,6 +160,7 @@ _scheduler_noise = define_op(
 
 
 _get_num_threads = torch.get_num_threads
+_empty_like = torch.empty_like
 
 
 def run_step(
@@ -176,8 +177,9 @@ def run_step(
     if is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
         try:
             if out is None:
-                prev = empty_like(sample)
-                x0 = empty_like(sample) if return_x0 else None
+                make = _empty_like if sample.nbytes < LARGE else empty_like
+                prev = make(sample)
+                x0 = make(sample) if return_x0 else None
             else:
                 prev, x0 = out
             if sample.is_cuda:
