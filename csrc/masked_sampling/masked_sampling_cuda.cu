@@ -15,6 +15,7 @@
 
 #include "common/cuda_check.cuh"
 #include "common/philox.h"
+#include "common/reduce.cuh"
 #include "masked_sampling/masked_sampling.h"
 
 namespace t2p::masked_sampling {
@@ -35,21 +36,8 @@ __device__ float logit(const float* p, int64_t i) { return p[i]; }
 __device__ float logit(const __nv_bfloat16* p, int64_t i) { return __bfloat162float(p[i]); }
 __device__ float logit(const __half* p, int64_t i) { return __half2float(p[i]); }
 
-// One value for the whole block. `shared` has kWarps elements.
-template <class T, class Combine>
-__device__ T block_reduce(T value, T* shared, Combine combine) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T total = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
-  return total;
-}
 __device__ float block_max(float value, float* shared) {
-  return block_reduce(value, shared, [](float a, float b) { return fmaxf(a, b); });
+  return block_reduce<kWarps>(value, shared, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // Not inlined: few words need it, and its registers would weigh on all.
@@ -150,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(Round round) {
     most = fmaxf(most, x);
   }
   most = block_max(most, floats);
-  not_finite = block_reduce(not_finite, bad, [](int a, int b) { return a | b; });
+  not_finite = block_reduce<kWarps>(not_finite, bad, [](int a, int b) { return a | b; });
   if (not_finite || most == -infinity()) {
     if (threadIdx.x == 0) {
       round.next_tokens[at] = round.sampled[at] = 0;
@@ -191,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 3) sample_kernel(Round round) {
     }
     sum += partial;
   }
-  sum = block_reduce(sum, sums, [](double a, double b) { return a + b; });
+  sum = block_reduce<kWarps>(sum, sums, [](double a, double b) { return a + b; });
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const double score = __shfl_xor_sync(kAllLanes, best.score, step);
     best.offer(score, __shfl_xor_sync(kAllLanes, best.token, step));

@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kThreads)
   };
   float most = -infinity();
   for (int64_t a = threadIdx.x; a < v; a += kThreads) most = fmaxf(most, x(a));
-  most = block_reduce(most, shared, Larger());
+  most = block_reduce<kWarps>(most, shared, Larger());
   float sum = 0;
   for (int64_t a = threadIdx.x; a < v; a += kThreads) sum += expf(x(a) - most);
-  sum = block_reduce(sum, shared, Sum());
+  sum = block_reduce<kWarps>(sum, shared, Sum());
   const float share = (1 - damping) / sum;
   for (int64_t a = threadIdx.x; a < v; a += kThreads) {
     float value = expf(x(a) - most) * share;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/reduce.cuh"
 #include "mrf/mrf.h"
 
 namespace t2p::mrf {
@@ -36,20 +37,6 @@ struct Larger {
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
-
-// One value for the whole block of kThreads. `shared` has kWarps elements.
-template <class Combine>
-__device__ float block_reduce(float value, float* shared, Combine combine) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float total = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
-  return total;
-}
 
 // The first kernel of label_step_cuda, step.r > 0, through Hopper's tensor cores,
 // mrf_cuda_hopper.cu; whether it was built for the current device.

@@ -279,12 +279,12 @@ __global__ void __launch_bounds__(kThreads)
   const float2* const parts = reinterpret_cast<const float2*>(step.sums) + row * step.parts;
   float most = -infinity();
   for (int64_t i = threadIdx.x; i < step.parts; i += kThreads) most = fmaxf(most, parts[i].x);
-  most = block_reduce(most, shared, Larger());
+  most = block_reduce<kWarps>(most, shared, Larger());
   float sum = 0;
   for (int64_t i = threadIdx.x; i < step.parts; i += kThreads) {
     sum = fmaf(parts[i].y, expf(parts[i].x - most), sum);
   }
-  sum = block_reduce(sum, shared, Sum());
+  sum = block_reduce<kWarps>(sum, shared, Sum());
   const float share = (1 - step.damping) / sum;
   const int64_t a = blockIdx.x % slices * kSlice + threadIdx.x * kPiece, at = row * step.v + a;
   if (a >= step.v) return;
