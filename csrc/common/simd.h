@@ -10,7 +10,7 @@
 // store_high_words writes the upper half of every lane, store_f16 rounds to nearest even.
 //
 // reduce_add_each reduces as many vectors of doubles as one has lanes, each in the order of
-// reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
+// reduce_add, or of floats, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
 // out of `rest`. store_chosen writes the lanes that are set in a mask side by side and returns
 // their number; it may write a whole vector.
 //
