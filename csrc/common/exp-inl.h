@@ -34,8 +34,8 @@ T2P_INLINE F32 exp_nonpositive(F32 a) {
   return select(less(a, broadcast(-87.0f)), broadcast(0.0f), power);
 }
 
-// 2^a for a < 127 with a relative error below 2e-7, as tried for all floats from -126 on; 0 from -127
-// down, and for NaN. It has half as many steps as e^a: 2^a = 2^n 2^r with |r| <= 1 / 2, and a
+// 2^a for a < 127 with a relative error below 2e-7, as tried for all floats from -126 on; 0 from
+// -127 down, and for NaN. It has half as many steps as e^a: 2^a = 2^n 2^r with |r| <= 1 / 2, and a
 // minimax polynomial that is 1 at 0.
 T2P_INLINE F32 exp2_bounded(F32 a) {
   const F32 magic = broadcast(12582912.0f);

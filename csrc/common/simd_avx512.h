@@ -140,8 +140,8 @@ T2P_INLINE F32 reduce_add_each(const F32 (&a)[16]) {
     __m512 halves[2];
     for (int j = 0; j < 2; ++j) {
       const __m512 low = a[i + 8 * j].v, high = a[i + 8 * j + 4].v;
-      halves[j] =
-          _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xee));
+      halves[j] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44),
+                                _mm512_shuffle_f32x4(low, high, 0xee));
     }
     quads[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
                              _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));

@@ -65,8 +65,8 @@ std::int64_t find_largest(const float* unary, const std::int64_t* known, std::in
 
 // The weights 2^x of the positions from `position` on, and their sums, still by lanes, into `sums`.
 template <class Group>
-T2P_INLINE void respond(const Strip& strip, std::int64_t position, Group,
-                        F32 (&x)[Group::kVectors], float* sums) {
+T2P_INLINE void respond(const Strip& strip, std::int64_t position, Group, F32 (&x)[Group::kVectors],
+                        float* sums) {
   float* weights = strip.weights + position * kStripLabels;
 #pragma GCC unroll 4
   for (int i = 0; i < Group::kVectors; ++i) {
@@ -131,7 +131,8 @@ void begin(const Strip& strip, std::int64_t width, const float* largest, float l
 #pragma GCC unroll 4
         for (int k = 0; k < kStripVectors; ++k) {
           F32& score = x[p * kStripVectors + k];
-          score = plain ? mul(sub(load(unary + k * kLanes), most), scale) : load(scores + k * kLanes);
+          score =
+              plain ? mul(sub(load(unary + k * kLanes), most), scale) : load(scores + k * kLanes);
           store(scores + k * kLanes, score);
         }
       }
@@ -195,8 +196,8 @@ void sum_down(const Strip& strip, const float* const* rows, const float* down, f
       e[i] = multiply_add(weight[0], load(rows[kUp] + at), e[i]);
 #pragma GCC unroll 8
       for (int d = 1; d <= kUp; ++d) {
-        e[i] = multiply_add(weight[d], add(load(rows[kUp - d] + at), load(rows[kUp + d] + at)),
-                            e[i]);
+        e[i] =
+            multiply_add(weight[d], add(load(rows[kUp - d] + at), load(rows[kUp + d] + at)), e[i]);
       }
     }
     respond(strip, first + x, group, e, sums + x * kLanes);

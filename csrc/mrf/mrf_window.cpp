@@ -195,8 +195,7 @@ std::int64_t window_cpu(const Window& window, const WindowField& field, int thre
   } else {
     for (std::int64_t number = 0; number < field.b; ++number) {
       Picture picture(kernels, own, field, number, q);
-      const std::int64_t members =
-          std::min<std::int64_t>(threads, ceil_div(field.v, kernels.size));
+      const std::int64_t members = std::min<std::int64_t>(threads, ceil_div(field.v, kernels.size));
       parallel_for(threads, members,
                    [&](std::int64_t member) { picture.take_part(member, members); });
       least = std::min(least, position_of(number, picture.bad()));

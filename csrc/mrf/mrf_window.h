@@ -31,8 +31,8 @@ struct WindowField {
   float temperature;
 };
 
-// How large the positive weights of a window together, and the negative ones, may be, over the
-// temperature: e^41 is about 2^60, so that neither sums overflow nor what matters underflows.
+// How large the weights of a window may be together, over the temperature, of whatever sign: e^41
+// is about 2^60, so that neither sums overflow nor what matters underflows.
 constexpr float kMostMessage = 41;
 
 // The largest kh and kw.

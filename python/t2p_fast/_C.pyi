@@ -203,7 +203,7 @@ def mrf_window(
     known: Tensor | None,
     height: int,
     width: int,
-    down: Tensor,
+    down: Tensor | None,
     across: Tensor,
     middle: float,
     iterations: int,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe, under_autocast
+from t2p_fast._checks import check_choice, describe, is_plain, under_autocast
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty, empty_like
 from t2p_fast.ops.mrf_autograd import mean_field_backward, mean_field_setup_context
@@ -370,7 +370,11 @@ def mrf_mean_field(
         "mrf_mean_field", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
         packed,
     )  # fmt: skip
-    q: Tensor = _mrf_mean_field(*arguments)
+    # A plain call goes past the dispatcher, which would cost as much as a small window itself.
+    plain = unary.device.type == "cpu" and is_plain(
+        *(a for a in arguments if isinstance(a, Tensor))
+    )
+    q: Tensor = (_mean_field if plain else _mrf_mean_field)(*arguments)
     return q
 
 

@@ -25,15 +25,15 @@ class Window(NamedTuple):
     """Weights in the kernel's form.
 
     Attributes:
-        down: ``[kh]`` float32.
-        across: ``[1, kw]`` float32, where the weights are the outer product of `down` and this and,
-            for the middle, `middle` more; else ``[kh, kw]``, the weights.
+        down: ``[kh]`` float32, or None.
+        across: ``[1, kw]`` float32: the weights are the outer product of `down` and this and, for
+            the middle, `middle` more. Without `down` ``[kh, kw]``, the weights.
         middle: see `across`.
         height: rows of the grid.
         width: its columns.
     """
 
-    down: Tensor
+    down: Tensor | None
     across: Tensor
     middle: float
     height: int
@@ -61,20 +61,26 @@ def _window_of(
     temperature: float,
 ) -> Window | None:  # fmt: skip
     scaled = [scale * weight for weight in weights]
-    most = sum(weight for weight in scaled if weight > 0)
-    least = sum(weight for weight in scaled if weight < 0)
     # Not so either if one of them is a NaN.
-    if not (most - least) < _MOST_MESSAGE * temperature:
+    if not sum(map(abs, scaled)) < _MOST_MESSAGE * temperature:
         return None
     kw = size[1]
     rows = [scaled[i : i + kw] for i in range(0, len(scaled), kw)]
-    down, across, middle = _factors(rows) or ([0.0] * size[0], rows, 0.0)
+    factors = _factors(rows)
     with torch.inference_mode(False):
-        parts = (torch.tensor(part, dtype=torch.float32) for part in (down, across))
-        return Window(*parts, middle, height, width)
+        if factors is None:
+            return Window(None, torch.tensor(rows, dtype=torch.float32), 0.0, height, width)
+        down, across, middle = factors
+        return Window(
+            torch.tensor(down, dtype=torch.float32),
+            torch.tensor([across], dtype=torch.float32),
+            middle,
+            height,
+            width,
+        )
 
 
-def _factors(rows: list[list[float]]) -> tuple[list[float], list[list[float]], float] | None:
+def _factors(rows: list[list[float]]) -> tuple[list[float], list[float], float] | None:
     """`Window.down`, `across` and `middle` of weights that are the same in the mirror and, but for
     the middle, of rank one to within the rounding of float32; else None.
 
@@ -110,14 +116,11 @@ def _factors(rows: list[list[float]]) -> tuple[list[float], list[list[float]], f
         down = fit(across, rows, counted)
         across = fit(down, transposed, counted_across)
     unlike = max(
-        abs(down[i] * across[j] - rows[i][j])
-        for i in range(kh)
-        for j in range(kw)
-        if counted[i][j]
+        abs(down[i] * across[j] - rows[i][j]) for i in range(kh) for j in range(kw) if counted[i][j]
     )
     if not unlike <= _ROUNDING * largest:
         return None
-    return down, [across], rows[kh // 2][kw // 2] - down[kh // 2] * across[kw // 2]
+    return down, across, rows[kh // 2][kw // 2] - down[kh // 2] * across[kw // 2]
 
 
 def window_mean_field(
