@@ -77,6 +77,12 @@ class Phases {
   alignas(64) std::atomic<std::int64_t> done_{0};
 };
 
+// Wide strips take fewer steps to read and write rows in pieces, where there are enough of them for
+// the threads that a machine may have. Whatever their number now: it must not matter.
+const StripKernels& strips_for(const WindowKernels& kernels, std::int64_t v) {
+  return v < 16 * kernels.wide.size ? kernels.narrow : kernels.wide;
+}
+
 // Mean field of one picture, by `members` threads that each call `take_part`.
 class Picture {
  public:
@@ -85,21 +91,23 @@ class Picture {
       : kernels_(kernels),
         window_(window),
         n_(window.height * window.width),
-        strips_(ceil_div(field.v, kernels.size)),
+        by_strip_(strips_for(kernels, field.v)),
+        size_(by_strip_.size),
+        strips_(ceil_div(field.v, size_)),
         v_(field.v),
         iterations_(field.iterations),
         scale_(kLog2E / field.temperature),
         unary_(field.unary + picture * n_ * v_),
         known_(field.known == nullptr ? nullptr : field.known + picture * n_),
         q_(q + picture * n_ * v_),
-        memory_(2 * strips_ * n_ * kernels.size + (2 * strips_ + 1) * n_),
-        largest_(memory_.data() + 2 * strips_ * n_ * kernels.size),
+        memory_(2 * strips_ * n_ * size_ + (2 * strips_ + 1) * n_),
+        largest_(memory_.data() + 2 * strips_ * n_ * size_),
         phases_(strips_),
         bad_(n_) {}
 
   void take_part(std::int64_t member, std::int64_t members) {
     thread_local Buffer<float> scratch;
-    const std::int64_t room = scratch_size(window_, kernels_.size);
+    const std::int64_t room = scratch_size(window_, size_);
     scratch.reserve(room + n_);
     float* shares = scratch.data() + room;
     phases_.run(0, member, members, [&](std::int64_t task) {
@@ -110,7 +118,7 @@ class Picture {
       }
     });
     phases_.run(1, member, members, [&](std::int64_t task) {
-      kernels_.begin(strip(task, 0), window_.width, largest_, scale_, scratch.data());
+      by_strip_.begin(strip(task, 0), window_.width, largest_, scale_, scratch.data());
     });
     for (std::int64_t step = 1; step <= iterations_ + 1; ++step) {
       // Who comes too late to take a task may not read sums, which others write by then.
@@ -118,8 +126,8 @@ class Picture {
       phases_.run(step + 1, member, members, [&](std::int64_t task) {
         if (!ready) kernels_.invert(sums(0, step - 1), strips_, n_, shares);
         ready = true;
-        step <= iterations_ ? kernels_.iterate(strip(task, step), window_, shares, scratch.data())
-                            : kernels_.finish(strip(task, step), shares, q_);
+        step <= iterations_ ? by_strip_.iterate(strip(task, step), window_, shares, scratch.data())
+                            : by_strip_.finish(strip(task, step), shares, q_);
       });
     }
   }
@@ -132,20 +140,22 @@ class Picture {
     return largest_ + (1 + step % 2 * strips_ + task) * n_;
   }
   Strip strip(std::int64_t task, std::int64_t step) const {
-    float* scores = memory_.data() + 2 * task * n_ * kernels_.size;
+    float* scores = memory_.data() + 2 * task * n_ * size_;
     return {.unary = unary_,
             .known = known_,
-            .first = task * kernels_.size,
+            .first = task * size_,
             .v = v_,
             .n = n_,
             .scores = scores,
-            .weights = scores + n_ * kernels_.size,
+            .weights = scores + n_ * size_,
             .sums = sums(task, step)};
   }
 
   const WindowKernels& kernels_;
   const Window& window_;
-  const std::int64_t n_, strips_, v_, iterations_;
+  const std::int64_t n_;
+  const StripKernels& by_strip_;
+  const std::int64_t size_, strips_, v_, iterations_;
   const float scale_;
   const float* const unary_;
   const std::int64_t* const known_;
@@ -195,7 +205,8 @@ std::int64_t window_cpu(const Window& window, const WindowField& field, int thre
   } else {
     for (std::int64_t number = 0; number < field.b; ++number) {
       Picture picture(kernels, own, field, number, q);
-      const std::int64_t members = std::min<std::int64_t>(threads, ceil_div(field.v, kernels.size));
+      const std::int64_t members =
+          std::min<std::int64_t>(threads, ceil_div(field.v, strips_for(kernels, field.v).size));
       parallel_for(threads, members,
                    [&](std::int64_t member) { picture.take_part(member, members); });
       least = std::min(least, position_of(number, picture.bad()));

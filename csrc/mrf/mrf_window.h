@@ -54,31 +54,35 @@ struct Strip {
   float* sums;     // [n], of `weights` over the labels of the strip
 };
 
-struct WindowKernels {
+struct StripKernels {
   std::int64_t size;  // of a strip
-
-  // The maxima of the rows [first, last) of [n, v], 0 where known. The first row whose maximum is
-  // not finite, or -1.
-  std::int64_t (*find_largest)(const float* unary, const std::int64_t* known, std::int64_t first,
-                               std::int64_t last, std::int64_t v, float* largest);
 
   // Scores, weights and sums of softmax(unary).
   void (*begin)(const Strip& strip, std::int64_t width, const float* largest, float log2_scale,
                 float* scratch);
 
   // An iteration: weights and sums from those before, whose total's inverse is `shares` [n].
-  // The weights of `window` are times log2(e) / temperature here. `scratch` has room for
-  // scratch_size floats.
+  // The weights of `window` are times log2(e) / temperature here.
   void (*iterate)(const Strip& strip, const Window& window, const float* shares, float* scratch);
 
   // q = weights times shares; exactly one-hot where known.
   void (*finish)(const Strip& strip, const float* shares, float* q);
+};
+
+struct WindowKernels {
+  // The maxima of the rows [first, last) of [n, v], 0 where known. The first row whose maximum is
+  // not finite, or -1.
+  std::int64_t (*find_largest)(const float* unary, const std::int64_t* known, std::int64_t first,
+                               std::int64_t last, std::int64_t v, float* largest);
 
   // shares = 1 / sum of `sums` [strips, n].
   void (*invert)(const float* sums, std::int64_t strips, std::int64_t n, float* shares);
+
+  StripKernels narrow, wide;
 };
 
-// Rows of the grid that an iteration needs beside each other, one of zeros, and one of sums.
+// Floats of `scratch`: rows of the grid that an iteration needs beside each other, one of zeros,
+// and one of sums.
 inline std::int64_t scratch_size(const Window& window, std::int64_t strip) {
   return (window.kh + 2) * (window.width + window.kw - 1) * strip + 16 * strip;
 }
