@@ -52,9 +52,11 @@ class Phases {
   void run(std::int64_t phase, std::int64_t member, std::int64_t members, const Body& body) {
     const auto tasks = static_cast<std::int64_t>(begun_.size());
     wait_for(phase * tasks);
-    const std::int64_t own = member * tasks / members;
+    // Back and forth: what a phase had last, and the cache still has, the next begins with.
+    const std::int64_t own = member * tasks / members, end = (member + 1) * tasks / members;
     for (std::int64_t i = 0; i < tasks; ++i) {
-      const std::int64_t task = own + i < tasks ? own + i : own + i - tasks;
+      const std::int64_t at = phase % 2 == 0 ? own + i : end - 1 - i + tasks;
+      const std::int64_t task = at % tasks;
       std::int64_t before = phase - 1;
       std::atomic<std::int64_t>& begun = begun_[static_cast<std::size_t>(task)];
       if (begun.load(std::memory_order_relaxed) != before ||

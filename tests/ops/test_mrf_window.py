@@ -159,7 +159,7 @@ def test_messages_close_to_the_bound() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "free"])
-@pytest.mark.parametrize(("b", "v"), [(1, 300), (2, 33), (5, 64)])
+@pytest.mark.parametrize(("b", "v"), [(1, 300), (2, 33), (5, 64), (1, 1100)])
 def test_threads_change_nothing(kind: str, b: int, v: int) -> None:
     unary, w_s = 3 * _random(b, 60, v), GridWeights(_table(kind, 5, 3, 1), 6, 10)
     before, results = torch.get_num_threads(), []
