@@ -226,6 +226,8 @@ std::int64_t window(const TensorView& unary, const Optional& known, std::int64_t
   T2P_CHECK(kh % 2 == 1 && kw % 2 == 1 && kh <= kMostWindow && kw <= kMostWindow, kOp,
             ": a window has odd sizes of at most ", kMostWindow, ", got ", kh, " x ", kw);
   const float* weights = floats(kOp, "across", across, across.count());
+  T2P_CHECK(!down || weights[kw / 2] == 1, kOp, ": the middle of factors across must be 1, got ",
+            weights[kw / 2]);
   const Window window{.height = height,
                       .width = width,
                       .kh = kh,

@@ -153,13 +153,14 @@ struct Strips {
     }
   }
 
-  // A row of the grid's probabilities, summed over the columns of a symmetric window.
+  // A row of the grid's probabilities, summed over the columns of a symmetric window whose middle
+  // weight is 1.
   template <int kSide>
   static void sum_across(const float* weights, const float* shares, std::int64_t width,
                          const float* across, float* to) {
     F32 weight[kSide + 1];
 #pragma GCC unroll 8
-    for (int d = 0; d <= kSide; ++d) weight[d] = broadcast(across[kSide - d]);
+    for (int d = 1; d <= kSide; ++d) weight[d] = broadcast(across[kSide - d]);
     for (int p = 0; p < kStripVectors; ++p, weights += kLanes, to += kLanes) {
       const auto read = [&](std::int64_t x) {
         return mul(load(weights + x * kStripLabels), broadcast(shares[x]));
@@ -174,7 +175,7 @@ struct Strips {
 #pragma GCC unroll 16
         for (int d = 0; d < 2 * kSide; ++d) q[d] = q[d + 1];
         q[2 * kSide] = next;
-        F32 sum = mul(weight[0], q[kSide]);
+        F32 sum = q[kSide];
 #pragma GCC unroll 8
         for (int d = 1; d <= kSide; ++d) {
           sum = multiply_add(weight[d], add(q[kSide - d], q[kSide + d]), sum);

@@ -20,7 +20,8 @@ struct Window {
   std::int64_t height, width;  // of the grid
   std::int64_t kh, kw;         // odd
   const float* weights;        // [kh, kw], or null if separable:
-  const float *down, *across;  // [kh] and [kw], w[dy, dx] = down[dy] across[dx]
+  const float *down, *across;  // [kh] and [kw], w[dy, dx] = down[dy] across[dx]; the same in the
+                               // mirror, and 1 in the middle of `across`
   float middle;                // and so much more for the middle
 };
 

@@ -102,6 +102,7 @@ def test_gaussians_are_taken_apart(kh: int, kw: int, middle: float) -> None:
     window = window_of(table, 8, 8, 1.3, 1.0)
     assert window is not None
     assert window.down is not None
+    assert window.across[0, kw // 2] == 1
     again = window.down[:, None].double() @ window.across.double()
     again[kh // 2, kw // 2] += window.middle
     # Three roundings: of the weights as they came, and of both factors.
@@ -116,8 +117,9 @@ def test_gaussians_are_taken_apart(kh: int, kw: int, middle: float) -> None:
         torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1.001]]) / 8,
         torch.tensor([[1.0, 2, 1], [2, 0, 2], [2, 4, 2]]) / 8,
         torch.zeros(3, 3),
+        torch.tensor([1.0, 2, 1])[:, None] @ torch.tensor([[1.0, 2, 0, 2, 1]]) / 20,
     ],
-    ids=["neighbours", "line", "nearly", "unlike in the mirror", "zero"],
+    ids=["neighbours", "line", "nearly", "unlike in the mirror", "zero", "nothing in the middle"],
 )
 def test_other_windows_are_not(table: Tensor) -> None:
     window = window_of(table, 8, 8, 1.0, 1.0)

@@ -233,6 +233,7 @@ void mrf_window(std::int64_t height, std::int64_t width, std::int64_t v, std::in
   std::normal_distribution<float> normal;
   const std::int64_t n = height * width;
   std::vector<float> unary(2 * n * v), weights(kh * kw), down(kh, 0.5f), across(kw, 0.25f);
+  across[kw / 2] = 1;
   for (float& value : unary) value = normal(random);
   for (float& value : weights) value = 0.1f * normal(random);
   std::vector<std::int64_t> known(2 * n, -1);

@@ -26,8 +26,8 @@ class Window(NamedTuple):
 
     Attributes:
         down: ``[kh]`` float32, or None.
-        across: ``[1, kw]`` float32: the weights are the outer product of `down` and this and, for
-            the middle, `middle` more. Without `down` ``[kh, kw]``, the weights.
+        across: ``[1, kw]`` float32, 1 in the middle: the weights are the outer product of `down`
+            and this and, for the middle, `middle` more. Without `down` ``[kh, kw]``, the weights.
         middle: see `across`.
         height: rows of the grid.
         width: its columns.
@@ -115,6 +115,11 @@ def _factors(rows: list[list[float]]) -> tuple[list[float], list[float], float] 
     for _ in range(4):
         down = fit(across, rows, counted)
         across = fit(down, transposed, counted_across)
+    # The kernel saves the product with the middle one.
+    unit = across[kw // 2]
+    if not abs(unit) * 1e6 > max(map(abs, across)):
+        return None
+    down, across = [x * unit for x in down], [x / unit for x in across]
     unlike = max(
         abs(down[i] * across[j] - rows[i][j]) for i in range(kh) for j in range(kw) if counted[i][j]
     )
