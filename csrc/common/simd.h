@@ -10,9 +10,9 @@
 // store_high_words writes the upper half of every lane, store_f16 rounds to nearest even.
 //
 // reduce_add_each reduces as many vectors of doubles as one has lanes, each in the order of
-// reduce_add, and reduce_max_each as many of integers; keep_first takes the lanes from `count` on
-// out of `rest`. store_chosen writes the lanes that are set in a mask side by side and returns
-// their number; it may write a whole vector.
+// reduce_add, or of floats, and reduce_max_each as many of integers; keep_first takes the lanes
+// from `count` on out of `rest`. store_chosen writes the lanes that are set in a mask side by side
+// and returns their number; it may write a whole vector.
 //
 // join_words and join_bytes put the low halves or bytes of their operands side by side in every
 // lane, the first lowest; with_low_byte puts the lowest byte of `b` in the place of that of `a`.

@@ -154,6 +154,14 @@ T2P_INLINE I32 reduce_max_each(const I32 (&a)[8]) {
   return {_mm256_max_epi32(_mm256_unpacklo_epi64(pairs[0], pairs[1]),
                            _mm256_unpackhi_epi64(pairs[0], pairs[1]))};
 }
+T2P_INLINE F32 reduce_add_each(const F32 (&a)[8]) {
+  __m256 quads[4];
+  for (int i = 0; i < 4; ++i) {
+    quads[i] = _mm256_add_ps(_mm256_permute2f128_ps(a[i].v, a[i + 4].v, 0x20),
+                             _mm256_permute2f128_ps(a[i].v, a[i + 4].v, 0x31));
+  }
+  return {_mm256_hadd_ps(_mm256_hadd_ps(quads[0], quads[1]), _mm256_hadd_ps(quads[2], quads[3]))};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[4]) {
   __m256d pairs[2];
   for (int i = 0; i < 2; ++i) {

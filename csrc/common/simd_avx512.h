@@ -134,6 +134,27 @@ T2P_INLINE I32 reduce_max_each(const I32 (&a)[16]) {
   return {_mm512_max_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]),
                            _mm512_unpackhi_epi64(pairs[0], pairs[1]))};
 }
+T2P_INLINE F32 reduce_add_each(const F32 (&a)[16]) {
+  __m512 quads[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 halves[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 low = a[i + 8 * j].v, high = a[i + 8 * j + 4].v;
+      halves[j] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44),
+                                _mm512_shuffle_f32x4(low, high, 0xee));
+    }
+    quads[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                             _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  }
+  __m512 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(quads[2 * i], quads[2 * i + 1]),
+                             _mm512_unpackhi_ps(quads[2 * i], quads[2 * i + 1]));
+  }
+  const __m512d low = _mm512_castps_pd(pairs[0]), high = _mm512_castps_pd(pairs[1]);
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)))};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
   __m512d quads[4], pairs[2];
   for (int i = 0; i < 4; ++i) {

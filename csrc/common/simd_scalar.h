@@ -153,6 +153,9 @@ T2P_INLINE I32 sub(I32 a, I32 b) { return {a.v - b.v}; }
 T2P_INLINE I32 reduce_max_each(const I32 (&a)[4]) {
   return {I32::type{reduce_max(a[0]), reduce_max(a[1]), reduce_max(a[2]), reduce_max(a[3])}};
 }
+T2P_INLINE F32 reduce_add_each(const F32 (&a)[4]) {
+  return {F32::type{reduce_add(a[0]), reduce_add(a[1]), reduce_add(a[2]), reduce_add(a[3])}};
+}
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[2]) {
   return {F64::type{a[0].v[0] + a[0].v[1], a[1].v[0] + a[1].v[1]}};
 }

@@ -6,6 +6,7 @@
 
 #include "bindings/tensor_view.h"
 #include "mrf/mrf.h"
+#include "mrf/mrf_window.h"
 
 namespace py = pybind11;
 
@@ -213,6 +214,43 @@ void local_step(const TensorView& begin, const TensorView& node, const TensorVie
                  static_cast<float>(damping), static_cast<float>(temperature), threads, to);
 }
 
+std::int64_t window(const TensorView& unary, const Optional& known, std::int64_t height,
+                    std::int64_t width, const Optional& down, const TensorView& across,
+                    double middle, std::int64_t iterations, double temperature, const TensorView& q,
+                    int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  T2P_CHECK(unary.ndim() == 3 && unary.size(2) > 0 && unary.size(1) == height * width, kOp,
+            ": unary must be [b, ", height, " x ", width, ", v >= 1], got ", unary.shape_text());
+  const std::int64_t b = unary.size(0), v = unary.size(2), count = unary.count();
+  // Factors, or all weights.
+  T2P_CHECK(across.ndim() == 2 && (!down || across.size(0) == 1), kOp,
+            ": weights must be [kh] and [1, kw], or [kh, kw], got ", across.shape_text());
+  const std::int64_t kh = down ? down->count() : across.size(0), kw = across.size(1);
+  T2P_CHECK(kh % 2 == 1 && kw % 2 == 1 && kh <= kMostWindow && kw <= kMostWindow, kOp,
+            ": a window has odd sizes of at most ", kMostWindow, ", got ", kh, " x ", kw);
+  const float* weights = floats(kOp, "across", across, across.count());
+  T2P_CHECK(!down || weights[kw / 2] == 1, kOp, ": the middle of factors across must be 1, got ",
+            weights[kw / 2]);
+  const Window window{.height = height,
+                      .width = width,
+                      .kh = kh,
+                      .kw = kw,
+                      .weights = down ? nullptr : weights,
+                      .down = down ? floats(kOp, "down", *down, kh) : nullptr,
+                      .across = weights,
+                      .middle = static_cast<float>(middle)};
+  const WindowField field{
+      .unary = floats(kOp, "unary", unary, count),
+      .known = known ? integers(kOp, "known", *known, b * height * width) : nullptr,
+      .b = b,
+      .v = v,
+      .iterations = iterations,
+      .temperature = static_cast<float>(temperature)};
+  float* to = floats(kOp, "q", q, count);
+  py::gil_scoped_release nogil;
+  return window_cpu(window, field, threads, to);
+}
+
 BeliefStep belief_of(const TensorView& unary, const TensorView& w_c, const TensorView& reverse,
                      const TensorView& order, const Optional& factors, const Optional& factor_of,
                      double damping, double temperature) {
@@ -314,6 +352,9 @@ void bind(py::module_& m) {
   m.def("mrf_local_step", &local_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("unary"), py::arg("scale"),
         py::arg("damping"), py::arg("temperature"), py::arg("next"), py::arg("threads"));
+  m.def("mrf_window", &window, py::arg("unary"), py::arg("known").none(true), py::arg("height"),
+        py::arg("width"), py::arg("down").none(true), py::arg("across"), py::arg("middle"),
+        py::arg("iterations"), py::arg("temperature"), py::arg("q"), py::arg("threads"));
   m.def("mrf_belief_step", &belief_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("reverse"), py::arg("order"), py::arg("unary"), py::arg("w_c"),
         py::arg("factors").none(true), py::arg("factor_of").none(true), py::arg("damping"),

@@ -7,6 +7,7 @@
 #include "mrf/kernels.h"
 #include "mrf/mrf_belief-inl.h"
 #include "mrf/mrf_low_rank-inl.h"
+#include "mrf/mrf_window-inl.h"
 #if defined(__AVX512BF16__)
 #include "mrf/mrf_product-inl.h"
 #endif

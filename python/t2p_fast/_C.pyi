@@ -201,6 +201,19 @@ def mrf_local_step(
     next: Tensor,
     threads: int,
 ) -> None: ...
+def mrf_window(
+    unary: Tensor,
+    known: Tensor | None,
+    height: int,
+    width: int,
+    down: Tensor | None,
+    across: Tensor,
+    middle: float,
+    iterations: int,
+    temperature: float,
+    q: Tensor,
+    threads: int,
+) -> int: ...
 def mrf_belief_step(
     begin: Tensor,
     node: Tensor,

@@ -19,6 +19,7 @@
 #include "common/parallel.h"
 #include "masked_sampling/masked_sampling.h"
 #include "mrf/mrf.h"
+#include "mrf/mrf_window.h"
 #include "sanitize/checks.h"
 #include "scheduler/scheduler.h"
 #include "vq/vq.h"
@@ -248,6 +249,46 @@ void label_product(std::int64_t r, std::int64_t v) {
   }
 }
 
+// Two pictures, some of whose positions are known; arrays are as long as they have to be.
+void mrf_window(std::int64_t height, std::int64_t width, std::int64_t v, std::int64_t kh,
+                std::int64_t kw) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const std::int64_t n = height * width;
+  std::vector<float> unary(2 * n * v), weights(kh * kw), down(kh, 0.5f), across(kw, 0.25f);
+  across[kw / 2] = 1;
+  for (float& value : unary) value = normal(random);
+  for (float& value : weights) value = 0.1f * normal(random);
+  std::vector<std::int64_t> known(2 * n, -1);
+  for (std::int64_t i = 1; i < 2 * n; i += 3) known[i] = i % v;
+  for (const bool separable : {false, true}) {
+    const t2p::mrf::Window window{.height = height,
+                                  .width = width,
+                                  .kh = kh,
+                                  .kw = kw,
+                                  .weights = separable ? nullptr : weights.data(),
+                                  .down = down.data(),
+                                  .across = across.data(),
+                                  .middle = -0.125f};
+    std::vector<float> first;
+    for (int threads : {1, 2, 5}) {
+      for (const std::int64_t* given : {known.data(), static_cast<std::int64_t*>(nullptr)}) {
+        const t2p::mrf::WindowField field{.unary = unary.data(),
+                                          .known = given,
+                                          .b = 2,
+                                          .v = v,
+                                          .iterations = 3,
+                                          .temperature = 1.5f};
+        std::vector<float> q(2 * n * v);
+        require(t2p::mrf::window_cpu(window, field, threads, q.data()) == -1, "finite scores");
+        if (given != nullptr) continue;
+        if (threads == 1) first = q;
+        require(first == q, "the same probabilities for any number of threads");
+      }
+    }
+  }
+}
+
 // A step with everything that it can have, on `dtype`; arrays are as long as they have to be.
 void step(std::int64_t batch, std::int64_t n, t2p::scheduler::Dtype dtype,
           t2p::scheduler::Bound bound) {
@@ -331,6 +372,10 @@ int main() {
   }
   label_product(13, 1023);
   for (std::int64_t rows : {5, 35, 261}) label_product(rows, 1024);
+  mrf_window(1, 1, 1, 3, 3);
+  mrf_window(5, 7, 65, 5, 3);
+  mrf_window(3, 19, 130, 9, 9);
+  mrf_window(4, 3, 1100, 3, 5);
   for (auto dtype : {t2p::scheduler::Dtype::kFloat32, t2p::scheduler::Dtype::kBfloat16,
                      t2p::scheduler::Dtype::kFloat16}) {
     for (auto bound : {t2p::scheduler::Bound::kNone, t2p::scheduler::Bound::kClip,

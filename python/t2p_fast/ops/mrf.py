@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe, under_autocast
+from t2p_fast._checks import check_choice, describe, is_plain, under_autocast
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty, empty_like
 from t2p_fast.ops.mrf_autograd import mean_field_backward, mean_field_setup_context
@@ -30,6 +30,7 @@ from t2p_fast.ops.mrf_graph import (
     grid_edges,
 )
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
+from t2p_fast.ops.mrf_window import window_mean_field, window_of
 
 __all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 
@@ -164,6 +165,16 @@ def _mean_field(
         return _low_rank(
             unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature, False
         )
+    potts = w_c.ndim == 0
+    scale = float(w_c) if potts else 1.0
+    if potts and height and damping == 0 and not unary.is_cuda and unary.numel():
+        window = window_of(w_s, height, width, scale, temperature)
+        if window is not None:
+            _check_labels_known(known, unary.shape[2])
+            q, bad = window_mean_field(unary, window, known, iterations, temperature)
+            if bad >= 0:
+                raise _bad_unary(bad % unary.shape[1])
+            return q
     pictures, threads = _Pictures(unary, known), torch.get_num_threads()
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
@@ -172,8 +183,6 @@ def _mean_field(
         if packed is not None:
             w_c, packed = _unpacked(packed, v), None
     dtype = torch.bfloat16 if low else torch.float32
-    potts = w_c.ndim == 0
-    scale = float(w_c) if potts else 1.0
     w_c, w_b = w_c.to(dtype), None if w_b is None else w_b.to(dtype)
     edges, matrix = _local_or_dense(w_s, begin, node, height, width, pictures.n)
     matrix = None if matrix is None else matrix.to(dtype)
@@ -355,7 +364,11 @@ def mrf_mean_field(
         "mrf_mean_field", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
         packed,
     )  # fmt: skip
-    q: Tensor = _mrf_mean_field(*arguments)
+    # A plain call goes past the dispatcher, which would cost as much as a small window itself.
+    plain = unary.device.type == "cpu" and is_plain(
+        *(a for a in arguments if isinstance(a, Tensor))
+    )
+    q: Tensor = (_mean_field if plain else _mrf_mean_field)(*arguments)
     return q
 
 
