@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe, is_plain, under_autocast
+from t2p_fast._checks import check_choice, describe, under_autocast
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty, empty_like
 from t2p_fast.ops.mrf_autograd import mean_field_backward, mean_field_setup_context
@@ -20,8 +20,10 @@ from t2p_fast.ops.mrf_graph import (
     LowRank,
     PairWeights,
     all_edges,
+    bad_unary,
     check_floats,
     check_labels,
+    check_labels_known,
     check_pairs,
     csr_edges,
     dense_edges,
@@ -30,7 +32,7 @@ from t2p_fast.ops.mrf_graph import (
     grid_edges,
 )
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
-from t2p_fast.ops.mrf_window import window_mean_field, window_of
+from t2p_fast.ops.mrf_window import plain_window_mean_field, window_mean_field
 
 __all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 
@@ -45,13 +47,6 @@ _HAS_BFLOAT16: bool = getattr(
 )()
 
 
-def _check_labels_known(known: Tensor | None, v: int) -> None:
-    if known is not None and not known.is_cuda and known.numel() and int(known.max()) >= v:
-        raise ValueError(
-            f"mrf_mean_field: known holds label {int(known.max())}, expected less than {v}"
-        )
-
-
 class _Pictures:
     """The positions that are to be found, as rows of one matrix, and which picture each is of."""
 
@@ -64,7 +59,7 @@ class _Pictures:
             self.slot = self.row = everywhere
             self.unary = scores
             return
-        _check_labels_known(known, self.v)
+        check_labels_known(known, self.v)
         # On CUDA, where finding out would mean to wait, an index out of range must still not be.
         self.known = known = known.clamp_max(self.v - 1)
         flat = known.flatten()
@@ -133,15 +128,9 @@ def _low_rank(
             labels if last and labels_alone else None, threads,
         )  # fmt: skip
         if bad >= 0 and step == 0:
-            raise _bad_unary(int(row[bad]) % n)
+            raise bad_unary(int(row[bad]) % n)
         words, fresh = fresh, words
     return labels.view(b, n) if q is None else q.view(b, n, v).to(unary.dtype)
-
-
-def _bad_unary(position: int) -> ValueError:
-    return ValueError(
-        f"mrf_mean_field: unary of position {position} has a NaN, an infinity, or nothing but -inf"
-    )
 
 
 def _mean_field(
@@ -161,20 +150,17 @@ def _mean_field(
     packed: Tensor | None = None,
 ) -> Tensor:
     if w_b is not None and _has_kernel(unary, w_c, damping):
-        _check_labels_known(known, unary.shape[2])
+        check_labels_known(known, unary.shape[2])
         return _low_rank(
             unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature, False
         )
     potts = w_c.ndim == 0
     scale = float(w_c) if potts else 1.0
     if potts and height and damping == 0 and not unary.is_cuda and unary.numel():
-        window = window_of(w_s, height, width, scale, temperature)
-        if window is not None:
-            _check_labels_known(known, unary.shape[2])
-            q, bad = window_mean_field(unary, window, known, iterations, temperature)
-            if bad >= 0:
-                raise _bad_unary(bad % unary.shape[1])
-            return q
+        grid = GridWeights(w_s, height, width)
+        by_window = window_mean_field(unary, grid, scale, known, iterations, temperature)
+        if by_window is not None:
+            return by_window
     pictures, threads = _Pictures(unary, known), torch.get_num_threads()
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
@@ -196,7 +182,7 @@ def _mean_field(
     fused = LabelStep(scores, w_c) if low and w_b is None and scores.is_cuda else None
     bad = _C.mrf_update(None, scores, None, 1.0, 0.0, temperature, q, threads)
     if bad >= 0:
-        raise _bad_unary(int(pictures.row[bad]) % pictures.n)
+        raise bad_unary(int(pictures.row[bad]) % pictures.n)
     for step in range(iterations):
         to = result if result is not None and step + 1 == iterations else fresh
         previous = q if damping != 0 else None
@@ -274,7 +260,7 @@ def _likeliest(
 ) -> Tensor:  # fmt: skip
     field = unary, w_s, begin, node, height, width, w_c
     if w_b is not None and _has_kernel(unary, w_c, damping):
-        _check_labels_known(known, unary.shape[2])
+        check_labels_known(known, unary.shape[2])
         return _low_rank(*field, w_b, known, iterations, temperature, True)
     q = _mean_field(*field, w_b, known, iterations, damping, temperature, candidates, packed)
     return q.argmax(-1)
@@ -360,15 +346,13 @@ def mrf_mean_field(
         ``O(iterations u (u v + v^2))`` for ``u`` unknown positions and dense weights;
         ``O(iterations u v)`` times the neighbours for Potts.
     """
-    arguments = _arguments(
-        "mrf_mean_field", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
-        packed,
-    )  # fmt: skip
-    # A plain call goes past the dispatcher, which would cost as much as a small window itself.
-    plain = unary.device.type == "cpu" and is_plain(
-        *(a for a in arguments if isinstance(a, Tensor))
-    )
-    q: Tensor = (_mean_field if plain else _mrf_mean_field)(*arguments)
+    given = unary, w_s, w_c, iterations, known, damping, temperature, candidates, packed
+    _check("mrf_mean_field", *given)
+    by_window = plain_window_mean_field(unary, w_s, w_c, known, iterations, damping, temperature)
+    if by_window is not None:
+        return by_window
+    arguments = _arguments(*given)
+    q: Tensor = _mrf_mean_field(*arguments)
     return q
 
 
@@ -398,20 +382,18 @@ def mrf_likeliest(
     Raises:
         As `mrf_mean_field`.
     """
-    arguments = _arguments(
-        "mrf_likeliest", unary, w_s, w_c, iterations, known, damping, temperature, candidates,
-        packed,
-    )  # fmt: skip
+    given = unary, w_s, w_c, iterations, known, damping, temperature, candidates, packed
+    _check("mrf_likeliest", *given)
+    arguments = _arguments(*given)
     labels: Tensor = _mrf_likeliest(*arguments)
     return labels
 
 
-def _arguments(
+def _check(
     op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights, iterations: int,
     known: Tensor | None, damping: float, temperature: float, candidates: int | None,
     packed: Tensor | None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Those of the registered ops, checked."""
+) -> None:  # fmt: skip
     check_unary(op, unary)
     check_pairs(op, w_s, unary.shape[1], unary.device)
     check_labels(op, w_c, unary.shape[2], unary.device)
@@ -431,6 +413,13 @@ def _arguments(
             f"{op}: packed must be what mrf_pack returned for a matrix w_c, got "
             f"{list(packed.shape)} of {packed.dtype}"
         )
+
+
+def _arguments(
+    unary: Tensor, w_s: PairWeights, w_c: LabelWeights, iterations: int, known: Tensor | None,
+    damping: float, temperature: float, candidates: int | None, packed: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the registered ops."""
     values, begin, node, height, width = unpack_pairs(w_s)
     first, second = unpack_labels(w_c, unary)
     unary, values = under_autocast(unary, values)

@@ -299,3 +299,16 @@ def check_floats(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {came}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device} but unary is on {device}")
+
+
+def check_labels_known(known: Tensor | None, v: int) -> None:
+    if known is not None and not known.is_cuda and known.numel() and int(known.max()) >= v:
+        raise ValueError(
+            f"mrf_mean_field: known holds label {int(known.max())}, expected less than {v}"
+        )
+
+
+def bad_unary(position: int) -> ValueError:
+    return ValueError(
+        f"mrf_mean_field: unary of position {position} has a NaN, an infinity, or nothing but -inf"
+    )

@@ -11,10 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from t2p_fast._checks import is_plain
 from t2p_fast._library import _C
 from t2p_fast.memory import empty_like
+from t2p_fast.ops.mrf_graph import (
+    GridWeights,
+    LabelWeights,
+    LowRank,
+    PairWeights,
+    bad_unary,
+    check_labels_known,
+)
 
-__all__ = ["Window", "window_mean_field", "window_of"]
+__all__ = ["Window", "plain_window_mean_field", "window_mean_field", "window_of"]
 
 _MOST_SIZE = 9  # the kernel's, of a window
 _MOST_MESSAGE = 41.0  # the kernel's, of what a position may hear over the temperature
@@ -51,7 +60,7 @@ def window_of(
     size = table.shape[0], table.shape[1]
     if max(size) > _MOST_SIZE or table.is_cuda:
         return None
-    weights = tuple(table.detach().float().flatten().tolist())
+    weights = tuple(table.detach().flatten().tolist())
     return _window_of(size, weights, height, width, scale, temperature)
 
 
@@ -128,10 +137,29 @@ def _factors(rows: list[list[float]]) -> tuple[list[float], list[float], float] 
     return down, across, rows[kh // 2][kw // 2] - down[kh // 2] * across[kw // 2]
 
 
+def plain_window_mean_field(
+    unary: Tensor, w_s: PairWeights, w_c: LabelWeights, known: Tensor | None, iterations: int,
+    damping: float, temperature: float,
+) -> Tensor | None:  # fmt: skip
+    """`window_mean_field` for checked arguments of `mrf_mean_field`, past torch's dispatcher.
+
+    After some megabytes of labels the code of dispatcher and conversions is no longer in the cache,
+    and costs as much as half an iteration. None where there is no kernel, or the call is not plain.
+    """
+    if not isinstance(w_s, GridWeights) or isinstance(w_c, (Tensor, LowRank)) or damping != 0:
+        return None
+    if unary.device.type != "cpu" or not is_plain(unary, w_s.table, known):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    return window_mean_field(unary, w_s, w_c, known, iterations, temperature)
+
+
 def window_mean_field(
-    unary: Tensor, window: Window, known: Tensor | None, iterations: int, temperature: float
-) -> tuple[Tensor, int]:
-    """`mrf_mean_field` for Potts label weights, which the window's have been multiplied by.
+    unary: Tensor, w_s: GridWeights, w_c: float, known: Tensor | None, iterations: int,
+    temperature: float,
+) -> Tensor | None:  # fmt: skip
+    """`mrf_mean_field` with a small window and Potts label weights, or None: see `window_of`.
 
     All of it is one call: labels are taken in strips that stay in a processor's cache from
     iteration to iteration, and a window of rank one takes ``kh + kw`` products in place of
@@ -139,23 +167,35 @@ def window_mean_field(
 
     Args:
         unary: ``[b, n, v]``, on the CPU.
-        window: of `window_of`, for the same temperature.
-        known: ``[b, n]`` int64, less than `v`, or None.
+        w_s: a table ``[kh, kw]`` for `n` positions.
+        w_c: weight of two labels that are equal.
+        known: ``[b, n]`` int64, or None.
         iterations: at least 1.
         temperature: of every softmax.
 
     Returns:
-        ``q``, ``[b, n, v]`` in the dtype of `unary`, and the first unknown position, of all
-        pictures, whose scores have no finite maximum, or -1.
+        ``q``, ``[b, n, v]`` in the dtype of `unary`.
+
+    Raises:
+        ValueError: as `mrf_mean_field`.
 
     Complexity:
         ``O(iterations b n v (kh + kw))``, or times the weights that aren't 0.
     """
-    scores = unary.float().contiguous()
+    if unary.numel() == 0:
+        return None
+    window = window_of(w_s.table, w_s.height, w_s.width, float(w_c), float(temperature))
+    if window is None:
+        return None
+    check_labels_known(known, unary.shape[2])
+    scores = unary if unary.dtype == torch.float32 else unary.float()
+    scores = scores if scores.is_contiguous() else scores.contiguous()
     q = empty_like(scores)
     bad = _C.mrf_window(
         scores, None if known is None else known.contiguous(), window.height, window.width,
         window.down, window.across, window.middle, iterations, temperature, q,
         torch.get_num_threads(),
     )  # fmt: skip
-    return q.to(unary.dtype), bad
+    if bad >= 0:
+        raise bad_unary(bad % unary.shape[1])
+    return q if q.dtype == unary.dtype else q.to(unary.dtype)
