@@ -100,13 +100,15 @@ class Program:
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
     accumulators: frozenset[str]
-    _pool: tuple[int, list[Any]] | None = None
+    _pool: dict[int, list[Any]] = field(default_factory=dict)
 
     def allocate(self, warps: "Warps") -> list[Any]:
-        """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
-        if self._pool is None or self._pool[0] != warps.count:
-            self._pool = warps.count, self._registers(warps.count)
-        result = list(self._pool[1])
+        """Registers for `warps`: with ones, or what another launch left there, but not zeros."""
+        if warps.count not in self._pool:
+            while len(self._pool) >= _POOLS:
+                del self._pool[next(iter(self._pool))]
+            self._pool[warps.count] = self._registers(warps.count)
+        result = list(self._pool[warps.count])
         for slot, (kind, what, dtype) in enumerate(self.slots):
             if kind == "special":
                 result[slot] = np.asarray(warps.special(what)).astype(dtype)
@@ -116,23 +118,37 @@ class Program:
         return result
 
     def _registers(self, count: int) -> list[Any]:
-        base = {
-            width: np.full((rows, count * width), 0xFF, np.uint8)
-            for width, rows in self.rows.items()
-            if width
-        }
-        predicates = np.zeros((self.rows.get(0, 0), count), np.bool_)
+        views: dict[Any, list[Array]] = {}
+
+        def rows(width: int, dtype: Any) -> list[Array]:
+            """All registers of `width` bytes (0 of predicates), seen as `dtype`."""
+            if (width, dtype) not in views:
+                size = self.rows[width] * count * max(width, 1)
+                whole = _room(width, size).view(dtype).reshape(self.rows[width], -1)
+                views[width, dtype] = list(whole[:, :: max(width, 1) // whole.itemsize])
+            return views[width, dtype]
+
         result: list[Any] = []
         for kind, what, dtype in self.slots:
             if kind != "register":
                 result.append(what)
             elif dtype is np.bool_:
-                result.append(predicates[what])
+                result.append(rows(0, np.bool_)[what])
             else:
                 width, row = what
-                view = base[width][row].view(dtype)
-                result.append(view[:: width // view.itemsize])
+                result.append(rows(width, dtype)[row])
         return result
+
+
+_POOLS = 4  # numbers of lanes that a program keeps registers for
+_rooms: dict[int, Array] = {}
+
+
+def _room(width: int, size: int) -> Array:
+    """Bytes for registers of one width: all programs share them, for one launch follows another."""
+    if width not in _rooms or len(_rooms[width]) < size:
+        _rooms[width] = np.full(size, 0xFF if width else 0, np.uint8)
+    return _rooms[width][:size]
 
 
 Handler = Callable[["Compiler", Instruction, "re.Match[str]"], Step | Control]
@@ -363,14 +379,16 @@ class Compiler:
         def run(w: "Warps") -> None:
             chosen = w.registers[slot]
             chosen = w.active & ~chosen if negated else w.active & chosen
-            if not chosen.any():
-                return
-            before = w.active, w.mask, w._lanes
-            w.activate(chosen, full=False)
-            try:
+            number = np.count_nonzero(chosen)
+            if number == w.number:
                 step(w)
-            finally:
-                w.active, w.mask, w._lanes = before
+            elif number:
+                before = w.activity()
+                w.activate(chosen)
+                try:
+                    step(w)
+                finally:
+                    w.restore(before)
 
         return run
 

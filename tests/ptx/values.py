@@ -44,6 +44,9 @@ SIGNED: dict[Any, Any] = {
     np.uint8: np.int8, np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64
 }  # fmt: skip
 
+# Bits of float64: those that float32 lacks, the first of them, and twice 2^-126.
+_BELOW_FLOAT32, _HALF_FLOAT32 = np.uint64(0x1FFFFFFF), np.uint64(0x10000000)
+_ONE, _SMALLEST_NORMAL = np.uint64(1), np.uint64(2 * (1023 - 126 << 52))
 _CANONICAL = {np.float32: 0x7FFFFFFF, np.float16: 0x7FFF}  # the NaN that instructions return
 
 
@@ -137,16 +140,21 @@ def round_to_odd_sum(product: Array, addend: Array) -> Array:
 
 def exact_fma32(a: Array, b: Array, c: Array) -> Array:
     """fma.rn.f32. The float64 product is exact; the sum is redone where rounding twice shows."""
-    product = np.multiply(a, b, dtype=np.float64)
-    total = product + c
-    low = np.bitwise_and(total.view(np.int64), 0x1FFFFFFF) if total.ndim else np.zeros(1, np.int64)
-    result = total.astype(np.float32)
-    doubtful = low == 0x10000000  # in the middle between two float32
-    if doubtful.any() or total.ndim == 0:
-        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
-    tiny = np.abs(total) < 2.0**-126
-    if (tiny & (total != 0)).any():
-        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
+    product = a.astype(np.float64)
+    product *= b.astype(np.float64)  # in place: float64 numbers of numpy become new ones
+    addend = c.astype(np.float64)
+    total = product + addend
+    if total.ndim == 0:
+        return round_to_odd_sum(product, addend).astype(np.float32)
+    result: Array = total.astype(np.float32)
+    bits = total.view(np.uint64)
+    middle = (bits & _BELOW_FLOAT32) == _HALF_FLOAT32  # between two float32
+    size = bits + bits
+    size -= _ONE  # so that zeros are large
+    if np.count_nonzero(middle) or size.min() < _SMALLEST_NORMAL:
+        at = np.flatnonzero(middle | (size < _SMALLEST_NORMAL))
+        parts = (np.broadcast_to(x, total.shape)[at] for x in (product, addend))
+        result[at] = round_to_odd_sum(*parts).astype(np.float32)
     return result
 
 
