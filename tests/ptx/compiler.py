@@ -100,10 +100,10 @@ class Program:
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
     accumulators: frozenset[str]
-    _pool: dict[int, list[Any]] = field(default_factory=dict)
+    _pool: dict[int, list[Any]] = field(default_factory=dict)  # registers, by the number of lanes
 
     def allocate(self, warps: "Warps") -> list[Any]:
-        """Registers for `warps`: with ones, or what another launch left there, but not zeros."""
+        """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
         if warps.count not in self._pool:
             while len(self._pool) >= _POOLS:
                 del self._pool[next(iter(self._pool))]
@@ -118,13 +118,16 @@ class Program:
         return result
 
     def _registers(self, count: int) -> list[Any]:
+        rooms: dict[int, Array] = {}
         views: dict[Any, list[Array]] = {}
 
         def rows(width: int, dtype: Any) -> list[Array]:
             """All registers of `width` bytes (0 of predicates), seen as `dtype`."""
             if (width, dtype) not in views:
-                size = self.rows[width] * count * max(width, 1)
-                whole = _room(width, size).view(dtype).reshape(self.rows[width], -1)
+                if width not in rooms:
+                    shape = self.rows[width], count * max(width, 1)
+                    rooms[width] = np.full(shape, 0xFF if width else 0, np.uint8)
+                whole = rooms[width].view(dtype)
                 views[width, dtype] = list(whole[:, :: max(width, 1) // whole.itemsize])
             return views[width, dtype]
 
@@ -141,14 +144,6 @@ class Program:
 
 
 _POOLS = 4  # numbers of lanes that a program keeps registers for
-_rooms: dict[int, Array] = {}
-
-
-def _room(width: int, size: int) -> Array:
-    """Bytes for registers of one width: all programs share them, for one launch follows another."""
-    if width not in _rooms or len(_rooms[width]) < size:
-        _rooms[width] = np.full(size, 0xFF if width else 0, np.uint8)
-    return _rooms[width][:size]
 
 
 Handler = Callable[["Compiler", Instruction, "re.Match[str]"], Step | Control]

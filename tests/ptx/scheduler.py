@@ -111,7 +111,7 @@ class Scheduler:
     def _control(self, block: Block, active: Array) -> None:
         w, control = self.w, block.control
         assert control
-        chosen, others = active, None
+        chosen = active
         if block.guard:
             slot, negated = block.guard
             holds = w.registers[slot]

@@ -26,6 +26,7 @@ __all__ = [
     "pack",
     "round_to_odd_sum",
     "saturate",
+    "truncate_to_float32",
     "unpack",
     "widen",
 ]
@@ -159,7 +160,12 @@ def exact_fma32(a: Array, b: Array, c: Array) -> Array:
 
 
 def exact_fma64(a: Array, b: Array, c: Array) -> Array:
-    """fma.rn.f64 by Boldo and Melquiond (2008), in rational numbers where that could overflow."""
+    """fma.rn.f64 by Boldo and Melquiond (2008), in rational numbers where that could overflow.
+
+    Where both factors are float32 numbers their product is exact, and there is nothing to it.
+    """
+    if np.ndim(a) and _all_float32(a) and _all_float32(b):
+        return a * b + c
     a, b, c = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b, c)))
     high, low = _two_product(a, b)
     t_high, t_low = _two_sum(c, low)
@@ -181,6 +187,20 @@ def exact_fma64(a: Array, b: Array, c: Array) -> Array:
         except OverflowError:
             result[i] = np.inf if exact > 0 else -np.inf
     return result
+
+
+def _all_float32(x: Array) -> bool:
+    return np.count_nonzero(x.astype(np.float32) == x) == x.size
+
+
+def truncate_to_float32(exact: Array) -> Array | None:
+    """float32 from float64, rounded towards zero; None where some are not normal float32."""
+    bits = exact.view(np.uint64)
+    size = bits + bits
+    size -= _ONE
+    if size.min() < _SMALLEST_NORMAL or not np.abs(exact).max() < 2.0**128:
+        return None
+    return (bits & ~_BELOW_FLOAT32).view(np.float64).astype(np.float32)
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
