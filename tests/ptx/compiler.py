@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptx.batches import Lanewise, batched
 from ptx.faults import NotModelled
 from ptx.parser import (
     Address,
@@ -221,6 +222,7 @@ class Compiler:
         self._row: dict[str, tuple[int, int]] = {}
         self.slots: list[tuple[str, Any, Any]] = []
         self._slot: dict[Any, int] = {}
+        self._lanewise: dict[Step, Lanewise] = {}
 
     # Slots ----------------------------------------------------------------------------------------
 
@@ -359,6 +361,7 @@ class Compiler:
             else:
                 np.copyto(r[to], value, where=w.mask)
 
+        self._lanewise[step] = Lanewise(function, to, tuple(slots))
         return step
 
     def predicate(self, operand: Operand) -> tuple[int, bool]:
@@ -423,6 +426,7 @@ class Compiler:
                 else:
                     step = self.guarded(made, guard) if guard else made
                     block.steps.append((step, each))
+            block.steps = batched(block.steps, self._lanewise, self.slots)
             blocks[start] = block
         return Program(
             self.function.name, blocks, self.parameters, self.shared, self.shared_size,
