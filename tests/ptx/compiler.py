@@ -337,7 +337,7 @@ class Compiler:
                 if w.mask is None:
                     function(r[first], r[second], out=r[to])
                 else:
-                    np.copyto(r[to], function(r[first], r[second]), where=w.mask)
+                    w.put(to, function, slots)
 
             return binary
 
@@ -349,17 +349,16 @@ class Compiler:
                 if w.mask is None:
                     function(r[only], out=r[to])
                 else:
-                    np.copyto(r[to], function(r[only]), where=w.mask)
+                    w.put(to, function, slots)
 
             return unary
 
         def step(w: "Warps") -> None:
             r = w.registers
-            value = function(*[r[slot] for slot in slots])
             if w.mask is None:
-                r[to][...] = value
+                r[to][...] = function(*[r[slot] for slot in slots])
             else:
-                np.copyto(r[to], value, where=w.mask)
+                w.put(to, function, slots)
 
         self._lanewise[step] = Lanewise(function, to, tuple(slots))
         return step

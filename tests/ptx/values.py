@@ -45,8 +45,9 @@ SIGNED: dict[Any, Any] = {
     np.uint8: np.int8, np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64
 }  # fmt: skip
 
-# Bits of float64: those that float32 lacks, the first of them, and twice 2^-126.
+# Bits of float64: those that float32 lacks, the first of them; and of powers of 2, shifted left.
 _BELOW_FLOAT32, _HALF_FLOAT32 = np.uint64(0x1FFFFFFF), np.uint64(0x10000000)
+_LARGE, _SMALL = (np.uint64(2 * (1023 + power << 52)) for power in (480, -480))
 _ONE, _SMALLEST_NORMAL = np.uint64(1), np.uint64(2 * (1023 - 126 << 52))
 _CANONICAL = {np.float32: 0x7FFFFFFF, np.float16: 0x7FFF}  # the NaN that instructions return
 
@@ -168,6 +169,35 @@ def exact_fma64(a: Array, b: Array, c: Array) -> Array:
         return a * b + c
     a, b, c = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b, c)))
     high, low = _two_product(a, b)
+    bits = np.concatenate([a, b, c, high]).view(np.uint64)
+    bits = bits + bits
+    if bits.max() < _LARGE:
+        bits -= _ONE  # so that zeros are large
+        if bits.min() > _SMALL:
+            result, known = _fma64_of_usual_numbers(high, low, c)
+            if np.count_nonzero(known) == len(known):
+                return result
+    return _fma64_of_any_numbers(a, b, c, high, low)
+
+
+def _fma64_of_usual_numbers(high: Array, low: Array, c: Array) -> tuple[Array, Array]:
+    """high + low + c, where nothing overflows or underflows; and where it is known to be right.
+
+    It is where a small change to what was rounded does not change the result.
+    """
+    total, rest = _two_sum(high, c)
+    rest += low
+    doubt = np.abs(rest)
+    doubt *= 2.0**-51
+    result = total + (rest - doubt)
+    known = result == total + (rest + doubt)
+    zero = result == 0
+    if np.count_nonzero(zero):  # its sign
+        result = np.where(zero, high + c, result)
+    return result, known
+
+
+def _fma64_of_any_numbers(a: Array, b: Array, c: Array, high: Array, low: Array) -> Array:
     t_high, t_low = _two_sum(c, low)
     v_high, v_low = _two_sum(high, t_high)
     result = v_high + round_to_odd_sum(t_low, v_low)

@@ -5,6 +5,7 @@ A register is a numpy array with an entry for every lane. Instructions on regist
 lanes and keep the results of the active ones; what touches memory works on the active lanes only.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ WARP = 32
 WARPGROUP = 4 * WARP
 ALL_LANES = 0xFFFFFFFF
 _ALL = slice(None)
+_FEW = 8  # one lane of so many is few
 
 
 class Warps:
@@ -121,6 +123,15 @@ class Warps:
         self.mask = None if self.number == self.alive else active
         self.whole = False
         self._lanes: Array | None = None
+
+    def put(self, to: int, function: Callable[..., Array], slots: Sequence[int]) -> None:
+        """Register `to` = function(registers), in the active lanes, which are not all."""
+        values = [self.registers[slot] for slot in slots]
+        if _FEW * self.number < self.count:
+            lanes = self.lanes
+            self.registers[to][lanes] = function(*[x[lanes] if x.ndim else x for x in values])
+        else:
+            np.copyto(self.registers[to], function(*values), where=self.mask)
 
     def activity(self) -> tuple[Any, ...]:
         return self.active, self.number, self.mask, self.whole, self._lanes
