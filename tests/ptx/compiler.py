@@ -6,6 +6,7 @@ constants and special registers. A closure takes the `Warps` it works on and fin
 their slots, so that one compilation serves all launches.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -103,6 +104,11 @@ class Program:
     accumulators: frozenset[str]
     _pool: dict[int, list[Any]] = field(default_factory=dict)  # registers, by the number of lanes
 
+    @functools.cached_property
+    def _of_launch(self) -> list[int]:
+        """Slots that each launch fills anew."""
+        return [i for i, (kind, *_) in enumerate(self.slots) if kind in ("special", "parameter")]
+
     def allocate(self, warps: "Warps") -> list[Any]:
         """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
         if warps.count not in self._pool:
@@ -110,10 +116,11 @@ class Program:
                 del self._pool[next(iter(self._pool))]
             self._pool[warps.count] = self._registers(warps.count)
         result = list(self._pool[warps.count])
-        for slot, (kind, what, dtype) in enumerate(self.slots):
+        for slot in self._of_launch:
+            kind, what, dtype = self.slots[slot]
             if kind == "special":
                 result[slot] = np.asarray(warps.special(what)).astype(dtype)
-            elif kind == "parameter":
+            else:
                 size = np.dtype(dtype).itemsize
                 result[slot] = np.frombuffer(warps.parameters[what : what + size], dtype)[0]
         return result
