@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that the tests of several ops share."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def emulated(request: pytest.FixtureRequest) -> bool:
     """Whether kernels are emulated: then shapes had better be small."""
     return bool(request.config.getoption("--device") == "emulated")
+
+
+@pytest.fixture
+def opcheck(emulated: bool) -> Callable[..., object]:
+    """torch.library.opcheck, or the part of it that depends on which kernels run."""
+    if emulated:
+        return functools.partial(
+            torch.library.opcheck, test_utils=("test_schema", "test_faketensor")
+        )
+    return torch.library.opcheck
 
 
 @pytest.fixture

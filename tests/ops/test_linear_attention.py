@@ -317,11 +317,13 @@ def test_linear_attention_keeps_nan(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention_opcheck(causal: bool, device: torch.device) -> None:
+def test_linear_attention_opcheck(
+    causal: bool, device: torch.device, opcheck: Callable[..., object]
+) -> None:
     q, k, v, initial = (x.to(device) for x in _case(1, 2, 9, 9, 8, 4))
     for layout, return_state in (("bhnd", True), ("bnhd", False)):
         arguments = [x.clone().requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(
+        opcheck(
             torch.ops.t2p_fast.linear_attention.default,
             (*arguments, None, None, initial.clone().requires_grad_(), "elu+1", causal, True, 1e-3,
              1.0, layout, return_state),

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -251,16 +252,16 @@ def test_nothing_to_send_and_nobody_there(device: torch.device) -> None:
     assert mrf_icm(nobody, alone, 1.0).shape == (0, 3)
 
 
-def test_compile_and_opcheck(device: torch.device) -> None:
+def test_compile_and_opcheck(device: torch.device, opcheck: Callable[..., object]) -> None:
     unary, w_c = _random(1, 4, 3).to(device), _symmetric(3, 1).to(device)
     begin, node = (torch.tensor(t, device=device) for t in ([0, 1, 2, 2, 2], [1, 0]))
     weight, reverse = torch.ones(2, device=device), torch.tensor([1, 0], device=device)
     known = torch.full((1, 4), -1, device=device)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.t2p_fast.mrf_icm.default,
         (unary, begin, node, weight, w_c, known, unary.argmax(-1), 3),
     )
-    torch.library.opcheck(
+    opcheck(
         torch.ops.t2p_fast.mrf_bp.default,
         (
             unary,

@@ -56,7 +56,9 @@ def test_nearest_is_exact_everywhere(
 def test_nearest_is_exact_on_hard_data(
     hard: str, n: int, k: int, d: int, device: torch.device, emulated: bool
 ) -> None:
-    k = k // (5 if d > 32 else 12) if emulated and n == 130 else k
+    if emulated and (n, k) in ((130, 3000), (75, 333)):
+        pytest.skip("rows in registers, as others")
+    k = k // (5 if d > 32 else 12 if d < 8 else 24) if emulated and n == 130 else k
     x, codebook = (t.to(device) for t in HARD[hard](*case_of(n, k, d)))
     assert_nearest(x, codebook, *vq_nearest(x, codebook, return_distance=True))
 
@@ -308,23 +310,24 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_opcheck(device: torch.device) -> None:
+def test_opcheck(device: torch.device, opcheck: Callable[..., object]) -> None:
     ops = torch.ops.t2p_fast
     x = torch.randn(2, 6, 5, 3, device=device, requires_grad=True)
     codebook = torch.randn(20, 6, device=device, requires_grad=True)
     indices = torch.randint(0, 20, (2, 5, 3), device=device)
     for metric in METRICS:
-        torch.library.opcheck(ops.vq_nearest.default, (x, codebook, metric, 1))
+        opcheck(ops.vq_nearest.default, (x, codebook, metric, 1))
     half = x.detach().bfloat16().requires_grad_()
-    torch.library.opcheck(ops.vq_nearest.default, (half, codebook, "l2", 1))
-    torch.library.opcheck(ops.vq_quantize.default, (half, codebook, 0.2, 1.0, "l2", 1, True))
-    torch.library.opcheck(ops.vq_lookup.default, (indices, codebook, 1))
-    torch.library.opcheck(ops.vq_accumulate.default, (x.detach(), indices, 20, 1))
+    opcheck(ops.vq_nearest.default, (half, codebook, "l2", 1))
+    opcheck(ops.vq_quantize.default, (half, codebook, 0.2, 1.0, "l2", 1, True))
+    opcheck(ops.vq_lookup.default, (indices, codebook, 1))
+    opcheck(ops.vq_accumulate.default, (x.detach(), indices, 20, 1))
     for statistics in (False, True):
         arguments = (x, codebook, 0.25, 1.0, "l2", 1, statistics)
-        torch.library.opcheck(ops.vq_quantize.default, arguments)
+        opcheck(ops.vq_quantize.default, arguments)
 
 
+@pytest.mark.not_emulated(reason="torch traces it as on a CPU")
 def test_compile(device: torch.device) -> None:
     def step(x: Tensor, codebook: Tensor) -> Tensor:
         quantized, indices, loss = vq_quantize(x, codebook, channel_dim=1)

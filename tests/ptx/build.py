@@ -3,7 +3,7 @@
 
 CMake and Ninja see to it that a second run of the tests compiles only what has changed. The folder
 is `build/emulated` of the repository, or `T2P_EMULATED_BUILD`; the virtual architecture 80, or
-`T2P_EMULATED_ARCH`.
+`T2P_EMULATED_ARCH`. `T2P_EMULATED_CMAKE` has further options for CMake.
 """
 
 import hashlib
@@ -50,6 +50,7 @@ def build() -> Path:
             "-DT2P_EMULATE=ON", "-DT2P_VERSION=emulated", "-DCMAKE_BUILD_TYPE=Debug",
             f"-DCMAKE_CUDA_ARCHITECTURES={arch}-virtual", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}",
+            *os.environ.get("T2P_EMULATED_CMAKE", "").split(),
         )  # fmt: skip
     _run(_tool("cmake"), "--build", str(folder), "--target", "_C_emulated")
     (library,) = folder.glob("_C_emulated*.so")

@@ -6,6 +6,7 @@ constants and special registers. A closure takes the `Warps` it works on and fin
 their slots, so that one compilation serves all launches.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptx.batches import Lanewise, batched
 from ptx.faults import NotModelled
 from ptx.parser import (
     Address,
@@ -100,39 +102,56 @@ class Program:
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
     accumulators: frozenset[str]
-    _pool: tuple[int, list[Any]] | None = None
+    _pool: dict[int, list[Any]] = field(default_factory=dict)  # registers, by the number of lanes
+
+    @functools.cached_property
+    def _of_launch(self) -> list[int]:
+        """Slots that each launch fills anew."""
+        return [i for i, (kind, *_) in enumerate(self.slots) if kind in ("special", "parameter")]
 
     def allocate(self, warps: "Warps") -> list[Any]:
         """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
-        if self._pool is None or self._pool[0] != warps.count:
-            self._pool = warps.count, self._registers(warps.count)
-        result = list(self._pool[1])
-        for slot, (kind, what, dtype) in enumerate(self.slots):
+        if warps.count not in self._pool:
+            while len(self._pool) >= _POOLS:
+                del self._pool[next(iter(self._pool))]
+            self._pool[warps.count] = self._registers(warps.count)
+        result = list(self._pool[warps.count])
+        for slot in self._of_launch:
+            kind, what, dtype = self.slots[slot]
             if kind == "special":
                 result[slot] = np.asarray(warps.special(what)).astype(dtype)
-            elif kind == "parameter":
+            else:
                 size = np.dtype(dtype).itemsize
                 result[slot] = np.frombuffer(warps.parameters[what : what + size], dtype)[0]
         return result
 
     def _registers(self, count: int) -> list[Any]:
-        base = {
-            width: np.full((rows, count * width), 0xFF, np.uint8)
-            for width, rows in self.rows.items()
-            if width
-        }
-        predicates = np.zeros((self.rows.get(0, 0), count), np.bool_)
+        rooms: dict[int, Array] = {}
+        views: dict[Any, list[Array]] = {}
+
+        def rows(width: int, dtype: Any) -> list[Array]:
+            """All registers of `width` bytes (0 of predicates), seen as `dtype`."""
+            if (width, dtype) not in views:
+                if width not in rooms:
+                    shape = self.rows[width], count * max(width, 1)
+                    rooms[width] = np.full(shape, 0xFF if width else 0, np.uint8)
+                whole = rooms[width].view(dtype)
+                views[width, dtype] = list(whole[:, :: max(width, 1) // whole.itemsize])
+            return views[width, dtype]
+
         result: list[Any] = []
         for kind, what, dtype in self.slots:
             if kind != "register":
                 result.append(what)
             elif dtype is np.bool_:
-                result.append(predicates[what])
+                result.append(rows(0, np.bool_)[what])
             else:
                 width, row = what
-                view = base[width][row].view(dtype)
-                result.append(view[:: width // view.itemsize])
+                result.append(rows(width, dtype)[row])
         return result
+
+
+_POOLS = 4  # numbers of lanes that a program keeps registers for
 
 
 Handler = Callable[["Compiler", Instruction, "re.Match[str]"], Step | Control]
@@ -210,6 +229,7 @@ class Compiler:
         self._row: dict[str, tuple[int, int]] = {}
         self.slots: list[tuple[str, Any, Any]] = []
         self._slot: dict[Any, int] = {}
+        self._lanewise: dict[Step, Lanewise] = {}
 
     # Slots ----------------------------------------------------------------------------------------
 
@@ -324,7 +344,7 @@ class Compiler:
                 if w.mask is None:
                     function(r[first], r[second], out=r[to])
                 else:
-                    np.copyto(r[to], function(r[first], r[second]), where=w.mask)
+                    w.put(to, function, slots)
 
             return binary
 
@@ -336,18 +356,18 @@ class Compiler:
                 if w.mask is None:
                     function(r[only], out=r[to])
                 else:
-                    np.copyto(r[to], function(r[only]), where=w.mask)
+                    w.put(to, function, slots)
 
             return unary
 
         def step(w: "Warps") -> None:
             r = w.registers
-            value = function(*[r[slot] for slot in slots])
             if w.mask is None:
-                r[to][...] = value
+                r[to][...] = function(*[r[slot] for slot in slots])
             else:
-                np.copyto(r[to], value, where=w.mask)
+                w.put(to, function, slots)
 
+        self._lanewise[step] = Lanewise(function, to, tuple(slots))
         return step
 
     def predicate(self, operand: Operand) -> tuple[int, bool]:
@@ -363,14 +383,16 @@ class Compiler:
         def run(w: "Warps") -> None:
             chosen = w.registers[slot]
             chosen = w.active & ~chosen if negated else w.active & chosen
-            if not chosen.any():
-                return
-            before = w.active, w.mask, w._lanes
-            w.activate(chosen, full=False)
-            try:
+            number = np.count_nonzero(chosen)
+            if number == w.number:
                 step(w)
-            finally:
-                w.active, w.mask, w._lanes = before
+            elif number:
+                before = w.activity()
+                w.activate(chosen)
+                try:
+                    step(w)
+                finally:
+                    w.restore(before)
 
         return run
 
@@ -410,6 +432,7 @@ class Compiler:
                 else:
                     step = self.guarded(made, guard) if guard else made
                     block.steps.append((step, each))
+            block.steps = batched(block.steps, self._lanewise, self.slots)
             blocks[start] = block
         return Program(
             self.function.name, blocks, self.parameters, self.shared, self.shared_size,

@@ -6,6 +6,7 @@ kernel may use is said by `regions`; memory that nobody registered is out of bou
 """
 
 import ctypes
+import gc
 import re
 import struct
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ class Device:
         *_, text = max(fitting)
         key = number, text
         if key not in self._modules:
-            module = parse(text)
+            with _many_objects():
+                module = parse(text)
             addresses = {}
             for variable in module.variables.values():
                 if variable.space not in ("global", "const"):
@@ -166,7 +168,8 @@ class Device:
         module, addresses = self._module(number)
         key = f"{number} {module.target}", name
         if key not in self._programs:
-            self._programs[key] = compile_kernel(module, name, addresses)
+            with _many_objects():
+                self._programs[key] = compile_kernel(module, name, addresses)
         return self._programs[key]
 
     def kernels(self) -> list[tuple[int, str]]:
@@ -253,6 +256,19 @@ class Device:
 
     def _attributes(self) -> dict[int, int]:
         return _ATTRIBUTES | _HOPPER if self.capability >= (9, 0) else _ATTRIBUTES
+
+
+@contextmanager
+def _many_objects() -> Iterator[None]:
+    """Makes objects that stay: Python's garbage collector need not look at them, now or later."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if before:
+            gc.enable()
 
 
 def _modules(library: ctypes.CDLL) -> list[int]:

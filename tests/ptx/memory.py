@@ -19,6 +19,8 @@ __all__ = ["GENERIC_LOCAL", "GENERIC_SHARED", "GlobalMemory", "Region", "host_by
 
 Array = np.ndarray[Any, Any]
 
+_NUMBERS = np.arange(16)
+_SHIFTS = {1 << shift: shift for shift in range(5)}
 # Windows of generic addresses, far above any address of the host.
 GENERIC_SHARED, GENERIC_LOCAL = 1 << 56, 1 << 57
 
@@ -85,7 +87,7 @@ class Region:
         count = width >> self.shift
         if count == 1:
             return first
-        result: Array = (first[:, None] + np.arange(count)).reshape(-1)
+        result: Array = (first[:, None] + _NUMBERS[:count]).reshape(-1)
         return result
 
     def _refine(self, width: int) -> None:
@@ -158,25 +160,29 @@ class Region:
         # Of shared memory, reads of what nobody could have written to show below.
         if self.holes is not None and (writes or self.written is None):
             bad = self.holes[granules]
-            if bad.any():
+            if np.count_nonzero(bad):
                 complain(
                     "out of bounds", f"{kind} outside of variable or view: ", int(bad.argmax())
                 )
         if self.pending_count and self.pending is not None:
             bad = self.pending[granules]
-            if bad.any():
+            if np.count_nonzero(bad):
                 complain(
                     "asynchronous copy",
                     f"{kind} of bytes whose cp.async has not been waited for: ",
                     int(bad.argmax()),
                 )
-        if writes and self.reading is not None and (bad := self.reading[granules] > 0).any():
+        if (
+            writes
+            and self.reading is not None
+            and (np.count_nonzero(bad := self.reading[granules] > 0))
+        ):
             complain(
                 "wgmma", "write of bytes that a product not waited for reads: ", int(bad.argmax())
             )
         if kind != "write" and kind != "relaxed write" and self.written is not None:
             there = self.written[granules]
-            if not there.all():
+            if np.count_nonzero(there) < len(there):
                 complain("uninitialised read", "nobody has written to ", int((~there).argmax()))
         if self.shadow is not None:
             if writes:
@@ -188,7 +194,7 @@ class Region:
                 conflict = self.shadow.read(granules, stamps, atomic)
                 if conflict:
                     self._race("read", "write", *conflict, granules, lanes, each)
-                if constant and (bad := self.shadow.written(granules)).any():
+                if constant and np.count_nonzero(bad := self.shadow.written(granules)):
                     complain(
                         "race", "ld.global.nc after a write in the same launch of ",
                         int(bad.argmax()),
@@ -210,24 +216,31 @@ class Region:
             int(lanes[at // each]),
         )
 
-    def typed(self, dtype: Any) -> Array:
-        """`data` as an array of `dtype`."""
-        view = self._typed.get(dtype)
+    def typed(self, dtype: Any, count: int = 1) -> Array:
+        """`data` as an array of `dtype`, or of as many rows of `count` as there are."""
+        view = self._typed.get((dtype, count))
         if view is None:
-            size = np.dtype(dtype).itemsize
+            size = np.dtype(dtype).itemsize * count
             view = self.data[: len(self.data) // size * size].view(dtype)
-            self._typed[dtype] = view
+            if count > 1:
+                view = view.reshape(-1, count)
+            self._typed[dtype, count] = view
         return view
 
     def load(self, offsets: Array, dtype: Any, count: int) -> list[Array]:
         """`count` consecutive elements at each offset, as `count` arrays."""
         view = self.typed(dtype)
-        first = offsets // view.itemsize
-        return [view[first + j] if j else view[first] for j in range(count)]
+        if count == 1:
+            return [view[offsets >> _SHIFTS[view.itemsize]]]
+        shift = _SHIFTS.get(view.itemsize * count)
+        if shift is not None and not (self._part | self.origin) & ((1 << shift) - 1):
+            return list(self.typed(dtype, count)[offsets >> shift].T)
+        first = offsets >> _SHIFTS[view.itemsize]
+        return [view[first + j] for j in range(count)]
 
     def store(self, offsets: Array, values: list[Array], dtype: Any) -> None:
         view = self.typed(dtype)
-        first = offsets // view.itemsize
+        first = offsets >> _SHIFTS[view.itemsize]
         for j, value in enumerate(values):
             view[first + j if j else first] = value
 

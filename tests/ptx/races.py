@@ -142,7 +142,7 @@ class Shadow:
             return None
         earlier = self._writer[granules]
         bad = self._unordered(earlier, stamps)
-        if atomic:
+        if bad is not None and atomic:
             bad &= ~self._atomic[granules]
         return _first(bad, earlier)
 
@@ -157,7 +157,7 @@ class Shadow:
         if self.dirty:
             earlier = self._writer[granules]
             bad = self._unordered(earlier, stamps)
-            if atomic:
+            if bad is not None and atomic:
                 bad &= ~self._atomic[granules]
             if (found := _first(bad, earlier)) is not None:
                 return "write", *found
@@ -175,11 +175,14 @@ class Shadow:
                 return "write", *found
         return None
 
-    def _unordered(self, earlier: Array, now: Array) -> Array:
-        """Where an earlier access by another thread is not ordered before the one now."""
+    def _unordered(self, earlier: Array, now: Array) -> Array | None:
+        """Where an earlier access by another thread is not ordered before the one now, if any."""
         differs = earlier ^ now
-        found = (differs >= _OTHER_THREAD) & (earlier != 0)
-        found &= ~((differs < _OTHER_WARP) & ((differs & _WARP_SYNCS) != 0))
+        found = differs >= _OTHER_THREAD
+        found &= earlier != 0
+        if not np.count_nonzero(found):
+            return None
+        found &= (differs >= _OTHER_WARP) | ((differs & _WARP_SYNCS) == 0)
         here = np.flatnonzero(found & (differs < _OTHER_BLOCK))
         if here.size:
             found[here] = ~self.clocks.ordered(earlier[here], now[here])
@@ -213,8 +216,8 @@ class Shadow:
         self._logged = 0
 
 
-def _first(bad: Array, earlier: Array) -> tuple[int, int] | None:
-    if not bad.any():
+def _first(bad: Array | None, earlier: Array) -> tuple[int, int] | None:
+    if bad is None or not np.count_nonzero(bad):
         return None
     at = int(bad.argmax())
     return at, int(earlier[at])

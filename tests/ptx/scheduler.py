@@ -14,7 +14,7 @@ import numpy as np
 from ptx.compiler import Block, Program
 from ptx.faults import Fault, NotModelled, Violation, demangle
 from ptx.parser import Instruction
-from ptx.warps import WARP, WARPGROUP, Warps, warp_words
+from ptx.warps import ALL_LANES, WARP, WARPGROUP, Warps, warp_words
 
 if TYPE_CHECKING:
     from ptx.device import Device
@@ -24,7 +24,6 @@ __all__ = ["LANES", "Scheduler", "run"]
 Array = np.ndarray[Any, Any]
 
 LANES = 8192  # that run side by side: more costs cache, fewer costs calls of numpy
-_ALL_LANES = 0xFFFFFFFF
 _STEP_LIMIT = 20_000_000  # blocks of code; a loop that waits for what never comes ends here
 
 
@@ -66,7 +65,7 @@ class Scheduler:
                 start = min(self.groups)
                 active = self.groups.pop(start)
                 if start >= end:  # the end of the code is an exit
-                    w.live &= ~active
+                    w.die(active)
                     continue
                 self._run_block(w.program.blocks[start], active)
             if not (self._release_waits() or self._release_barriers()):
@@ -92,8 +91,7 @@ class Scheduler:
     def _run_block(self, block: Block, active: Array) -> None:
         w = self.w
         self.steps += 1
-        number = int(np.count_nonzero(active))
-        w.activate(active, full=number == int(np.count_nonzero(w.live)))
+        w.activate(active)
         current: Instruction | None = None
         try:
             for step, current in block.steps:  # noqa: B007 (named in reports)
@@ -113,15 +111,17 @@ class Scheduler:
     def _control(self, block: Block, active: Array) -> None:
         w, control = self.w, block.control
         assert control
-        chosen, others = active, None
+        chosen = active
         if block.guard:
             slot, negated = block.guard
             holds = w.registers[slot]
             chosen = active & ~holds if negated else active & holds
-            others = active & ~chosen
-            if others.any():
-                self._add(block.next, others)
-            if not chosen.any():
+            number = np.count_nonzero(chosen)
+            if number == w.number:
+                chosen = active
+            else:
+                self._add(block.next, active & ~chosen)
+            if number == 0:
                 return
         if control.kind == "branch":
             if control.index is None:
@@ -135,7 +135,7 @@ class Scheduler:
             if (chosen & (index >= len(block.targets))).any():
                 raise Violation("branch", "an index beyond the table", int(w.lanes[0]))
         elif control.kind == "exit":
-            w.live = w.live & ~chosen
+            w.die(chosen)
         elif control.kind == "barrier":
             assert control.barrier
             number, threads, _ = control.barrier
@@ -161,11 +161,14 @@ class Scheduler:
         assert control
         assert control.index is not None
         mask = w.registers[control.index]
-        if mask.ndim == 0 and mask == _ALL_LANES and not self.warps_wait:
-            packed = np.packbits(chosen).view(np.uint32)
-            if ((packed == _ALL_LANES) | (packed == 0)).all():  # the usual case, quickly
+        if mask.ndim == 0 and mask == ALL_LANES and not self.warps_wait:
+            whole = w.mask is None and chosen is w.active and w.live_whole
+            if not whole:
+                packed = np.packbits(chosen).view(np.uint32)
+                whole = ((packed == ALL_LANES) | (packed == 0)).all()
+            if whole:  # the usual case, quickly
                 if chosen is not w.active:
-                    w.activate(chosen, full=False)
+                    w.activate(chosen)
                 w.whole = True
                 control.step(w)
                 self._add(block.next, chosen)
@@ -191,16 +194,15 @@ class Scheduler:
                 return
         self.at_warp[chosen] = -1
         self.warps_wait = bool((self.at_warp >= 0).any())
-        live = int(np.count_nonzero(w.live))
-        w.activate(chosen, full=int(np.count_nonzero(chosen)) == live)
+        w.activate(chosen)
         odd = chosen & (masks != present)
         if odd.any():
             # Several masks in one warp: one after another, by mask.
             for one in np.unique(masks[odd]):
                 part = odd & (masks == one)
-                w.activate(part, full=False)
+                w.activate(part)
                 control.step(w)
-            w.activate(chosen & ~odd, full=False)
+            w.activate(chosen & ~odd)
             if not w.active.any():
                 self._add(block.next, chosen)
                 return
@@ -219,7 +221,7 @@ class Scheduler:
         self.at_group[chosen & ~ready] = block.start
         self.at_group[ready] = -1
         if ready.any():
-            w.activate(ready, full=False)
+            w.activate(ready)
             control.step(w)
             self._add(block.next, ready)
 
@@ -245,7 +247,7 @@ class Scheduler:
             group = lanes & (self.at_barrier == start)
             assert block.control
             if block.control.step is not None:
-                w.activate(group, full=False)
+                w.activate(group)
                 block.control.step(w)
             self._add(block.next, group)
         self.at_barrier[lanes] = -1
@@ -278,7 +280,7 @@ class Scheduler:
     def _wait(self, block: Block, chosen: Array) -> None:
         w = self.w
         assert block.control
-        w.activate(chosen, full=False)
+        w.activate(chosen)
         through = block.control.step(w)
         if through.any():
             self._add(block.next, through)

@@ -26,6 +26,7 @@ __all__ = [
     "pack",
     "round_to_odd_sum",
     "saturate",
+    "truncate_to_float32",
     "unpack",
     "widen",
 ]
@@ -44,6 +45,10 @@ SIGNED: dict[Any, Any] = {
     np.uint8: np.int8, np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64
 }  # fmt: skip
 
+# Bits of float64: those that float32 lacks, the first of them; and of powers of 2, shifted left.
+_BELOW_FLOAT32, _HALF_FLOAT32 = np.uint64(0x1FFFFFFF), np.uint64(0x10000000)
+_LARGE, _SMALL = (np.uint64(2 * (1023 + power << 52)) for power in (480, -480))
+_ONE, _SMALLEST_NORMAL = np.uint64(1), np.uint64(2 * (1023 - 126 << 52))
 _CANONICAL = {np.float32: 0x7FFFFFFF, np.float16: 0x7FFF}  # the NaN that instructions return
 
 
@@ -137,23 +142,62 @@ def round_to_odd_sum(product: Array, addend: Array) -> Array:
 
 def exact_fma32(a: Array, b: Array, c: Array) -> Array:
     """fma.rn.f32. The float64 product is exact; the sum is redone where rounding twice shows."""
-    product = np.multiply(a, b, dtype=np.float64)
-    total = product + c
-    low = np.bitwise_and(total.view(np.int64), 0x1FFFFFFF) if total.ndim else np.zeros(1, np.int64)
-    result = total.astype(np.float32)
-    doubtful = low == 0x10000000  # in the middle between two float32
-    if doubtful.any() or total.ndim == 0:
-        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
-    tiny = np.abs(total) < 2.0**-126
-    if (tiny & (total != 0)).any():
-        return round_to_odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
+    product = a.astype(np.float64)
+    product *= b.astype(np.float64)  # in place: float64 numbers of numpy become new ones
+    addend = c.astype(np.float64)
+    total = product + addend
+    if total.ndim == 0:
+        return round_to_odd_sum(product, addend).astype(np.float32)
+    result: Array = total.astype(np.float32)
+    bits = total.view(np.uint64)
+    middle = (bits & _BELOW_FLOAT32) == _HALF_FLOAT32  # between two float32
+    size = bits + bits
+    size -= _ONE  # so that zeros are large
+    if np.count_nonzero(middle) or size.min() < _SMALLEST_NORMAL:
+        at = np.flatnonzero(middle | (size < _SMALLEST_NORMAL))
+        parts = (np.broadcast_to(x, total.shape)[at] for x in (product, addend))
+        result[at] = round_to_odd_sum(*parts).astype(np.float32)
     return result
 
 
 def exact_fma64(a: Array, b: Array, c: Array) -> Array:
-    """fma.rn.f64 by Boldo and Melquiond (2008), in rational numbers where that could overflow."""
+    """fma.rn.f64 by Boldo and Melquiond (2008), in rational numbers where that could overflow.
+
+    Where both factors are float32 numbers their product is exact, and there is nothing to it.
+    """
+    if np.ndim(a) and _all_float32(a) and _all_float32(b):
+        return a * b + c
     a, b, c = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b, c)))
     high, low = _two_product(a, b)
+    bits = np.concatenate([a, b, c, high]).view(np.uint64)
+    bits = bits + bits
+    if bits.max() < _LARGE:
+        bits -= _ONE  # so that zeros are large
+        if bits.min() > _SMALL:
+            result, known = _fma64_of_usual_numbers(high, low, c)
+            if np.count_nonzero(known) == len(known):
+                return result
+    return _fma64_of_any_numbers(a, b, c, high, low)
+
+
+def _fma64_of_usual_numbers(high: Array, low: Array, c: Array) -> tuple[Array, Array]:
+    """high + low + c, where nothing overflows or underflows; and where it is known to be right.
+
+    It is where a small change to what was rounded does not change the result.
+    """
+    total, rest = _two_sum(high, c)
+    rest += low
+    doubt = np.abs(rest)
+    doubt *= 2.0**-51
+    result = total + (rest - doubt)
+    known = result == total + (rest + doubt)
+    zero = result == 0
+    if np.count_nonzero(zero):  # its sign
+        result = np.where(zero, high + c, result)
+    return result, known
+
+
+def _fma64_of_any_numbers(a: Array, b: Array, c: Array, high: Array, low: Array) -> Array:
     t_high, t_low = _two_sum(c, low)
     v_high, v_low = _two_sum(high, t_high)
     result = v_high + round_to_odd_sum(t_low, v_low)
@@ -173,6 +217,20 @@ def exact_fma64(a: Array, b: Array, c: Array) -> Array:
         except OverflowError:
             result[i] = np.inf if exact > 0 else -np.inf
     return result
+
+
+def _all_float32(x: Array) -> bool:
+    return np.count_nonzero(x.astype(np.float32) == x) == x.size
+
+
+def truncate_to_float32(exact: Array) -> Array | None:
+    """float32 from float64, rounded towards zero; None where some are not normal float32."""
+    bits = exact.view(np.uint64)
+    size = bits + bits
+    size -= _ONE
+    if size.min() < _SMALLEST_NORMAL or not np.abs(exact).max() < 2.0**128:
+        return None
+    return (bits & ~_BELOW_FLOAT32).view(np.float64).astype(np.float32)
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:

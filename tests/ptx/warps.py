@@ -5,6 +5,7 @@ A register is a numpy array with an entry for every lane. Instructions on regist
 lanes and keep the results of the active ones; what touches memory works on the active lanes only.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
     from ptx.compiler import Program
     from ptx.device import Device
 
-__all__ = ["WARP", "WARPGROUP", "Warps", "warp_words"]
+__all__ = ["ALL_LANES", "WARP", "WARPGROUP", "Warps", "warp_words"]
 
 Array = np.ndarray[Any, Any]
 WARP = 32
 WARPGROUP = 4 * WARP
+ALL_LANES = 0xFFFFFFFF
+_ALL = slice(None)
+_FEW = 8  # one lane of so many is few
 
 
 class Warps:
@@ -29,9 +33,10 @@ class Warps:
 
     Attributes:
         registers: Views of registers and constants, by the slots that `compiler.py` gave out.
-        active: Lanes that run now. `mask` is the same, or None where all live lanes run.
+        active: Lanes that run now, `number` of them. `mask` is the same, or None where all live
+            lanes run.
         whole: Whether the active lanes are known to be whole warps.
-        live: Lanes that have not exited.
+        live: Lanes that have not exited, `alive` of them; `live_whole` if in whole warps.
         lane, block, thread: Number in the warp; of the block in the grid; in the block.
     """
 
@@ -45,7 +50,7 @@ class Warps:
         self.threads = shape[0] * shape[1] * shape[2]
         self.stride = -(-self.threads // WARP) * WARP
         self.blocks, self.count = blocks, blocks * self.stride
-        number = np.arange(self.count)
+        number = self._every = np.arange(self.count)
         self.thread, self.local_block = number % self.stride, number // self.stride
         self.block = self.local_block + first_block
         self.lane = (self.thread % WARP).astype(np.uint32)
@@ -79,10 +84,10 @@ class Warps:
         if program.accumulators:
             self.shared.track_proxies()
 
-        self.active = self.live.copy()
-        self.mask: Array | None = None
-        self.whole = False
-        self._lanes: Array | None = None
+        self.alive = 0
+        self.live_whole = False
+        self.die(~self.live)
+        self.activate(self.live)
         self.registers: list[Any] = program.allocate(self)
 
     def restamp(self) -> None:
@@ -105,18 +110,47 @@ class Warps:
         self.clocks.barrier(blocks)
         self.restamp()
 
-    def activate(self, active: Array, full: bool) -> None:
-        self.active = active
-        self.mask = None if full else active
+    def die(self, chosen: Array) -> None:
+        """These lanes exit."""
+        self.live = self.live & ~chosen
+        self.alive = int(np.count_nonzero(self.live))
+        words = np.packbits(self.live).view(np.uint32)
+        self.live_whole = bool(((words == ALL_LANES) | (words == 0)).all())
+
+    def activate(self, active: Array) -> None:
+        """Lets these lanes run."""
+        self.active, self.number = active, int(np.count_nonzero(active))
+        self.mask = None if self.number == self.alive else active
         self.whole = False
-        self._lanes = None
+        self._lanes: Array | None = None
+
+    def put(self, to: int, function: Callable[..., Array], slots: Sequence[int]) -> None:
+        """Register `to` = function(registers), in the active lanes, which are not all."""
+        values = [self.registers[slot] for slot in slots]
+        if _FEW * self.number < self.count:
+            lanes = self.lanes
+            self.registers[to][lanes] = function(*[x[lanes] if x.ndim else x for x in values])
+        else:
+            np.copyto(self.registers[to], function(*values), where=self.mask)
+
+    def activity(self) -> tuple[Any, ...]:
+        return self.active, self.number, self.mask, self.whole, self._lanes
+
+    def restore(self, before: tuple[Any, ...]) -> None:
+        """Lets those lanes run again that did at `activity`."""
+        self.active, self.number, self.mask, self.whole, self._lanes = before
 
     @property
     def lanes(self) -> Array:
         """Indices of the active lanes."""
         if self._lanes is None:
-            self._lanes = np.flatnonzero(self.active)
+            self._lanes = self._every if self.number == self.count else np.flatnonzero(self.active)
         return self._lanes
+
+    @property
+    def chosen(self) -> Any:
+        """What picks the active lanes out of a register: their indices, or a slice for all."""
+        return _ALL if self.number == self.count else self.lanes
 
     def special(self, name: str) -> Any:
         """The value of a special register: for all lanes, or one for all."""

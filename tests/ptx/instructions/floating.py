@@ -22,6 +22,7 @@ from ptx.values import (
     nan_to_canonical,
     round_to_odd_sum,
     saturate,
+    truncate_to_float32,
 )
 
 __all__ = ["ERRORS"]
@@ -112,6 +113,8 @@ def _directed(name: str, mode: str, dtype: Any) -> Any:
 
 def round32(exact: Array, mode: str) -> Array:
     """float32 from float64 in a rounding mode: .rn, .rz, .rm or .rp."""
+    if mode == ".rz" and exact.ndim and (result := truncate_to_float32(exact)) is not None:
+        return result
     near = exact.astype(np.float32)
     if mode == ".rn":
         return near

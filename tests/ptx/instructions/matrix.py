@@ -53,8 +53,7 @@ def _ldmatrix(code: Compiler, ins: Instruction, match: Match) -> Control:
         for region, offsets, which in place(w, "shared", addresses, here, 16, "read"):
             part = here[which]
             region.check(offsets, 16, w.stamps[part], part, "read")
-            for j, value in enumerate(region.load(offsets, np.uint16, 8)):
-                rows[which, j] = value
+            rows[which] = np.stack(region.load(offsets, np.uint16, 8), 1)
         tiles = rows.reshape(-1, count, 8, 8)
         if trans:
             tiles = tiles.transpose(0, 1, 3, 2)
@@ -148,16 +147,11 @@ def _mma(code: Compiler, ins: Instruction, match: Match) -> Control:
 
     def fetch(w: "Warps", name: str) -> Array:
         """[warp, register, lane]"""
-        lanes = w.lanes
-        return np.stack(
-            [
-                np.ascontiguousarray(np.broadcast_to(w.registers[s], w.count)[lanes]).reshape(
-                    -1, WARP
-                )
-                for s in slots[name]
-            ],
-            1,
-        )
+        result = np.empty((w.number // WARP, len(slots[name]), WARP), np.uint32)
+        for i, slot in enumerate(slots[name]):
+            value = w.registers[slot]
+            result[:, i] = value[w.chosen].reshape(-1, WARP) if value.ndim else value
+        return result
 
     def step(w: "Warps") -> None:
         left = _left(_ELEMENTS[a_kind][1], fetch(w, "a"), per)
@@ -180,7 +174,7 @@ def _mma(code: Compiler, ins: Instruction, match: Match) -> Control:
             out = np.ascontiguousarray(folded).view(np.uint32)[..., 0]
         for i, slot in enumerate(targets):
             if slot is not None:
-                w.registers[slot][w.lanes] = out[:, i].reshape(-1)
+                w.registers[slot][w.chosen] = out[:, i].reshape(-1)
 
     return Control("warp", step=step, index=code.constant(ALL_LANES, np.uint32))
 

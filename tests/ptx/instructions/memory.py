@@ -42,10 +42,9 @@ def addresses_of(code: Compiler, operand: Operand) -> Callable[["Warps"], Array]
 
     def run(w: "Warps") -> Array:
         base = w.registers[slot]
-        lanes = w.lanes
         if base.ndim == 0:
-            return np.full(len(lanes), int(base) + offset, np.int64)
-        result: Array = base[lanes].astype(np.int64)
+            return np.full(w.number, int(base) + offset, np.int64)
+        result: Array = base[w.chosen].astype(np.int64)
         if offset:
             result += offset
         return result
@@ -56,7 +55,7 @@ def addresses_of(code: Compiler, operand: Operand) -> Callable[["Warps"], Array]
 def check_aligned(addresses: Array, width: int, lanes: Array, verb: str) -> None:
     """A fault unless all addresses are multiples of the width."""
     off = addresses & (width - 1)
-    if off.any():
+    if np.count_nonzero(off):
         at = int((off != 0).argmax())
         raise Violation(
             "misaligned",
@@ -100,7 +99,7 @@ def place(
             f"{region.name}",
             int(lanes[at]),
         )
-    return [(region, addresses + base[lanes], slice(None))]
+    return [(region, addresses + base[w.chosen if lanes is w.lanes else lanes], slice(None))]
 
 
 @instruction(rf"(ld)(\.weak)?(?P<order>\.volatile|\.(relaxed|acquire){_SCOPE})?{_SPACE}{_EVICT}"
@@ -132,10 +131,11 @@ def _ld(code: Compiler, ins: Instruction, match: Match) -> Step:
         check_aligned(addresses, width, lanes, "read")
         for region, offsets, which in place(w, space, addresses, lanes, width, "read"):
             here = lanes[which]
-            region.check(offsets, width, w.stamps[here], here, kind, constant=constant)
+            chosen = w.chosen if len(here) == w.number else here
+            region.check(offsets, width, w.stamps[chosen], here, kind, constant=constant)
             for slot, value in zip(slots, region.load(offsets, dtype, len(slots)), strict=True):
                 if slot is not None:
-                    w.registers[slot][here] = value
+                    w.registers[slot][chosen] = value
 
     return step
 
@@ -209,9 +209,10 @@ def _st(code: Compiler, ins: Instruction, match: Match) -> Step:
         check_aligned(addresses, width, lanes, "write")
         for region, offsets, which in place(w, space, addresses, lanes, width, "write"):
             here = lanes[which]
-            region.check(offsets, width, w.stamps[here], here, kind)
+            chosen = w.chosen if len(here) == w.number else here
+            region.check(offsets, width, w.stamps[chosen], here, kind)
             values = [
-                value[here] if value.ndim else value
+                value[chosen] if value.ndim else value
                 for value in (w.registers[slot] for slot in slots)
             ]
             region.store(offsets, values, dtype)

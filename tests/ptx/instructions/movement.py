@@ -39,17 +39,20 @@ def _same(x: Array) -> Array:
 
 def _split(code: Compiler, target: Vector, source: Any, dtype: Any) -> Step:
     part = np.dtype(f"u{np.dtype(dtype).itemsize // len(target.items)}").type
-    bits = 8 * np.dtype(part).itemsize
     slots = [code.target(item, part) for item in target.items]
     whole = np.dtype(f"u{np.dtype(dtype).itemsize}").type
     value = code.source(source, whole)
 
     def step(w: "Warps") -> None:
         x = np.array(w.registers[value])  # a copy: the target may be the source
+        pieces = x.reshape(-1, 1).view(part)
         for i, slot in enumerate(slots):
-            if slot is not None:
-                piece = (x >> whole(bits * i)).astype(part)
-                np.copyto(w.registers[slot], piece, where=w.active)
+            if slot is None:
+                continue
+            if w.mask is None:
+                w.registers[slot][...] = pieces[:, i]
+            else:
+                np.copyto(w.registers[slot], pieces[:, i], where=w.mask)
 
     return step
 
@@ -57,15 +60,22 @@ def _split(code: Compiler, target: Vector, source: Any, dtype: Any) -> Step:
 def _join(code: Compiler, target: Any, source: Vector, dtype: Any) -> Step:
     whole = np.dtype(f"u{np.dtype(dtype).itemsize}").type
     part = np.dtype(f"u{np.dtype(dtype).itemsize // len(source.items)}").type
-    bits = 8 * np.dtype(part).itemsize
+    if code.width(target) != np.dtype(whole).itemsize:
+        raise NotModelled("a register of another width")
+    to = code.target(target, whole)
+    assert to is not None
+    slots = [code.source(item, part) for item in source.items]
 
-    def function(*parts: Array) -> Array:
-        total: Any = whole(0)
-        for i, x in enumerate(parts):
-            total = total | (np.asarray(x).astype(whole) << whole(bits * i))
-        return total
+    def step(w: "Warps") -> None:
+        r = w.registers
+        pieces = r[to].view(part).reshape(w.count, -1)  # none of the sources, which are narrower
+        for i, slot in enumerate(slots):
+            if w.mask is None:
+                pieces[:, i] = r[slot]
+            else:
+                np.copyto(pieces[:, i], r[slot], where=w.mask)
 
-    return code.compute(function, target, whole, *((item, part) for item in source.items))
+    return step
 
 
 @instruction(r"(cvta)(?P<to>\.to)?\.(?P<space>global|shared(::cta)?|local|const)\.u64")
@@ -73,6 +83,8 @@ def _cvta(code: Compiler, ins: Instruction, match: Match) -> Step:
     window = {"s": GENERIC_SHARED, "l": GENERIC_LOCAL}.get(match["space"][0], 0)
     offset = np.uint64(window)
     target, source = ins.operands
+    if not window:
+        return code.compute(np.positive, target, np.uint64, (source, np.uint64))
     if match["to"]:
         return code.compute(lambda x: x - offset, target, np.uint64, (source, np.uint64))
     return code.compute(lambda x: x + offset, target, np.uint64, (source, np.uint64))

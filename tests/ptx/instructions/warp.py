@@ -55,15 +55,24 @@ def _shuffle(code: Compiler, ins: Instruction, match: Match) -> Control:
     if all(kind == "constant" for kind, _, _ in constants):
         table = _sources(mode, np.arange(WARP), *(np.int64(value) for _, value, _ in constants))
 
+    tables: dict[int, tuple[Array, Array]] = {}  # by the number of lanes
+
     def step(w: "Warps") -> None:
         r = w.registers
         value = np.broadcast_to(r[slots[0]], w.count)
         if table is not None and w.whole:
-            result = value.reshape(-1, WARP)[:, table[0]].reshape(-1)
-            if to is not None:
-                np.copyto(r[to], result, where=True if w.mask is None else w.mask)
-            if flag is not None:
-                np.copyto(r[flag], np.tile(table[1], w.count // WARP), where=w.active)
+            if w.count not in tables:
+                first = np.repeat(np.arange(0, w.count, WARP), WARP)
+                source, valid = (np.tile(column, w.count // WARP) for column in table)
+                tables[w.count] = first + source, valid
+            where, valid = tables[w.count]
+            for slot, result in ((to, value[where]), (flag, valid)):
+                if slot is None:
+                    continue
+                if w.mask is None:
+                    r[slot][...] = result
+                else:
+                    np.copyto(r[slot], result, where=w.mask)
             return
         lanes = w.lanes
         lane = w.lane[lanes].astype(np.int64)
