@@ -4,6 +4,7 @@
 // pages again, and that costs more than the arithmetic of most kernels here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace t2p {
@@ -21,7 +22,7 @@ template <class T>
 class CachedArray {
  public:
   explicit CachedArray(std::int64_t count)
-      : bytes_(count * static_cast<std::int64_t>(sizeof(T)) + 1),
+      : bytes_(std::max<std::int64_t>(count, 1) * static_cast<std::int64_t>(sizeof(T))),
         data_(static_cast<T*>(take_block(bytes_))) {}
   ~CachedArray() { give_block(data_, bytes_); }
   CachedArray(const CachedArray&) = delete;

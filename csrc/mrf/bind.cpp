@@ -352,6 +352,8 @@ void bind(py::module_& m) {
   m.def("mrf_local_step", &local_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("unary"), py::arg("scale"),
         py::arg("damping"), py::arg("temperature"), py::arg("next"), py::arg("threads"));
+  m.attr("MRF_MOST_WINDOW") = kMostWindow;
+  m.attr("MRF_MOST_MESSAGE") = kMostMessage;
   m.def("mrf_window", &window, py::arg("unary"), py::arg("known").none(true), py::arg("height"),
         py::arg("width"), py::arg("down").none(true), py::arg("across"), py::arg("middle"),
         py::arg("iterations"), py::arg("temperature"), py::arg("q"), py::arg("threads"));

@@ -8,6 +8,7 @@
 // which is exact (G. Ballard et al., Improving the numerical stability of fast matrix
 // multiplication, 2016, section 5: outside scaling).
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "common/block_cache.h"
@@ -141,7 +142,7 @@ void multiply_whole(const Kernels& kernels, const std::uint16_t* rows, const std
   });
 }
 
-// Rows [first, first + count) of a half, one of them zeros where the other half has one more.
+// Rows in two halves: the upper one has one more if their number is odd, and zeros stand beside it.
 struct Halves {
   const std::uint16_t* rows;
   std::int64_t r, v;
@@ -249,10 +250,12 @@ void pack_labels_cpu(const std::uint16_t* w_c, std::int64_t v, int threads, std:
   });
   if (!layout.halves) return;
   auto* scale = reinterpret_cast<float*>(packed + layout.scales);
-  bool finite = true;
-  for (std::int64_t label = 0; label < v; ++label) {
-    finite &= scale_of(w_c + label * v, v, scale + label, scale + v + label);
-  }
+  std::atomic<bool> finite{true};
+  parallel_for(threads, layout.panels, [&](std::int64_t panel) {
+    for (std::int64_t label = panel * kPanelLabels; label < (panel + 1) * kPanelLabels; ++label) {
+      if (!scale_of(w_c + label * v, v, scale + label, scale + v + label)) finite = false;
+    }
+  });
   if (!finite) std::fill_n(scale, v, 0.0f);  // they are of no use then
   parallel_for(threads, layout.panels / 2, [&](std::int64_t panel) {
     for (const Product& product : kTerms) {

@@ -16,21 +16,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 
-class Block {
- public:
-  explicit Block(std::int64_t floats)
-      : bytes_(floats * static_cast<std::int64_t>(sizeof(float))),
-        data_(static_cast<float*>(take_block(bytes_))) {}
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  ~Block() { give_block(data_, bytes_); }
-  float* data() const { return data_; }
-
- private:
-  std::int64_t bytes_;
-  float* data_;
-};
-
 void pause() {
 #if T2P_X86
   __builtin_ia32_pause();
@@ -162,7 +147,7 @@ class Picture {
   const float* const unary_;
   const std::int64_t* const known_;
   float* const q_;
-  const Block memory_;
+  const CachedArray<float> memory_;
   float* const largest_;
   Phases phases_;
   std::atomic<std::int64_t> bad_;

@@ -201,6 +201,10 @@ def mrf_local_step(
     next: Tensor,
     threads: int,
 ) -> None: ...
+
+MRF_MOST_WINDOW: int
+MRF_MOST_MESSAGE: float
+
 def mrf_window(
     unary: Tensor,
     known: Tensor | None,

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and conversions of arguments that several ops share."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,10 +12,6 @@ _count_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _is_grad_enabled = torch.is_grad_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Looked up at every call: a torch that keeps it elsewhere has none that would be seen here.
-_levels: Any = (
-    forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
-)
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -39,7 +32,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no gradient is wanted and no mode of torch would do more than run an op."""
     if _is_compiling() or _count_modes() or _transform() is not None:
         return False
-    if _levels._current_level >= 0:
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         return False
     grad = _is_grad_enabled()
     for tensor in tensors:

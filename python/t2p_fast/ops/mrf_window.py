@@ -25,8 +25,6 @@ from t2p_fast.ops.mrf_graph import (
 
 __all__ = ["Window", "plain_window_mean_field", "window_mean_field", "window_of"]
 
-_MOST_SIZE = 9  # the kernel's, of a window
-_MOST_MESSAGE = 41.0  # the kernel's, of what a position may hear over the temperature
 _ROUNDING = 2.0**-23
 
 
@@ -58,7 +56,7 @@ def window_of(
     exponentials could overflow without their maximum.
     """
     size = table.shape[0], table.shape[1]
-    if max(size) > _MOST_SIZE or table.is_cuda:
+    if max(size) > _C.MRF_MOST_WINDOW or table.is_cuda:
         return None
     weights = tuple(table.detach().flatten().tolist())
     return _window_of(size, weights, height, width, scale, temperature)
@@ -71,7 +69,7 @@ def _window_of(
 ) -> Window | None:  # fmt: skip
     scaled = [scale * weight for weight in weights]
     # Not so either if one of them is a NaN.
-    if not sum(map(abs, scaled)) < _MOST_MESSAGE * temperature:
+    if not sum(map(abs, scaled)) < _C.MRF_MOST_MESSAGE * temperature:
         return None
     kw = size[1]
     rows = [scaled[i : i + kw] for i in range(0, len(scaled), kw)]

@@ -153,7 +153,7 @@ class Scheduler(Configurable):
 
         Made as `make(*args)` where there are none yet.
         """
-        place = (key, sample.get_device(), sample.dtype is _DOUBLE)
+        place = (key, sample.get_device(), sample.dtype is torch.float64)
         table = self._tables.get(place)
         if table is None:
             dtype = torch.float64 if place[2] else torch.float32
@@ -234,6 +234,5 @@ class Scheduler(Configurable):
         return self._run(sample, other, table, row, index=each, return_x0=False)[0]
 
 
-_DOUBLE = torch.float64
 _SEED = torch.zeros((), dtype=torch.int64)
 _SEED_VALUE = _SEED.numpy()  # its item() takes a tenth of the time of int(_SEED)
