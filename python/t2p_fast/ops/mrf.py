@@ -436,8 +436,8 @@ def mrf_pack(w_c: Tensor) -> Tensor:
     """Label weights in the form that products on a CPU want, for `mrf_mean_field(packed=...)`.
 
     It takes as long as multiplying 50 rows (1024 labels) to 140 (8192); who infers often with the
-    same weights does it once. A processor with AVX512-BF16 has a product for them; others multiply float32 several
-    times as fast as bfloat16, and there this is the weights in float32.
+    same weights does it once. A processor with AVX512-BF16 has a product for them; others multiply
+    float32 several times as fast as bfloat16, and there this is the weights in float32.
 
     If `v` is a multiple of 1024, then from 32 unknown positions on the product is made by halves:
     seven products of quarters and of their sums instead of eight (Strassen 1969). The sums are
