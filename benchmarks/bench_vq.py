@@ -36,6 +36,16 @@ def _inputs(sizes: Sizes, device: str) -> Inputs:
     return {"x": x.to(device), "codebook": codebook.to(device)}
 
 
+def _inputs_dead(sizes: Sizes, device: str) -> Inputs:
+    """A tenth of the codes in use, the others as VQ-VAE and taming-transformers begin: +-1/k."""
+    inputs = _inputs(sizes, device)
+    generator = torch.Generator().manual_seed(2)
+    k, d = sizes["k"], sizes["d"]
+    start = ((2 * torch.rand(k, d, generator=generator) - 1) / k).to(device)
+    used = (torch.rand(k, 1, generator=generator) < 0.1).to(device)
+    return {**inputs, "codebook": torch.where(used, inputs["codebook"], start)}
+
+
 # nearest -----------------------------------------------------------------------------------------
 
 
@@ -186,13 +196,19 @@ def _nearest_bytes(sizes: Sizes) -> float:
     return 4.0 * (sizes["n"] + sizes["k"]) * sizes["d"] + 8.0 * sizes["n"]
 
 
-def _nearest(name: str, title: str, cases: tuple[Case, ...], line: str = "") -> Workload:
+def _nearest(
+    name: str,
+    title: str,
+    cases: tuple[Case, ...],
+    line: str = "",
+    inputs: Callable[[Sizes, str], Inputs] = _inputs,
+) -> Workload:
     return Workload(
         name=name,
         title=title,
         cases=cases,
         providers=_GROWTH_PROVIDERS if line else _NEAREST_PROVIDERS,
-        inputs=_inputs,
+        inputs=inputs,
         gate=_gate_nearest,
         flops=_nearest_flops,
         bytes_moved=_nearest_bytes,
@@ -395,6 +411,12 @@ BENCHMARK = Benchmark(
                 _case(16384, 1024, 64),
                 _case(65536, 512, 8),
             ),
+        ),
+        _nearest(
+            "nearest, dead codes",
+            "vq_nearest in a codebook of which nine codes in ten were never chosen",
+            (_case(256, 16384, 256), _case(1024, 1024, 64, quick=True), _case(4096, 8192, 32)),
+            inputs=_inputs_dead,
         ),
         _nearest(
             "nearest over n",

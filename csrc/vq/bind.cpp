@@ -65,10 +65,9 @@ T* array(const char* op, const char* name, const TensorView& tensor, std::int64_
 }
 
 // The bytes of a packed codebook.
-std::uint8_t* bytes_of(const char* op, const TensorView& packed, std::int64_t size) {
-  T2P_CHECK(packed.is_uint8() && packed.ndim() == 1 && packed.contiguous() && !packed.on_cuda() &&
-                packed.size(0) == size,
-            op, ": packed must be uint8 [", size, "] on the CPU, as vq_pack returns it, got ",
+std::uint8_t* bytes_of(const char* op, const TensorView& packed) {
+  T2P_CHECK(packed.is_uint8() && packed.ndim() == 1 && packed.contiguous() && !packed.on_cuda(), op,
+            ": packed must be uint8 [bytes] on the CPU, as vq_pack returns it, got ",
             packed.dtype_text(), " ", packed.shape_text(), " on ", packed.device_text());
   auto* bytes = packed.data<std::uint8_t>();
   T2P_CHECK(reinterpret_cast<std::uintptr_t>(bytes) % 8 == 0, op,
@@ -110,8 +109,8 @@ void nearest(const TensorView& x, const TensorView& codebook, std::string_view m
   const auto from = rows<const float>(kOp, "x", x);
   const std::uint8_t* bytes = nullptr;
   if (packed) {
-    bytes = bytes_of(kOp, *packed, packed_size(k, d));
-    T2P_CHECK(packed_for(bytes, k, d, metric), kOp,
+    bytes = bytes_of(kOp, *packed);
+    T2P_CHECK(packed_for(bytes, packed->size(0), k, d, metric), kOp,
               ": packed is not of a codebook [k, d] = ", codebook.shape_text(), " for metric '",
               metric_name, "', packed for the instruction set in use");
   }
@@ -119,20 +118,30 @@ void nearest(const TensorView& x, const TensorView& codebook, std::string_view m
   nearest_cpu(from, codes, k, metric, bytes, threads, index, to);
 }
 
-void pack(const TensorView& codebook, std::string_view metric_name, const TensorView& packed,
-          int threads) {
+// The codes of a codebook that is to be packed.
+const float* codes_to_pack(const TensorView& codebook) {
   constexpr const char* kOp = "vq_pack";
-  const Metric metric = metric_of(kOp, metric_name);
   T2P_CHECK(codebook.ndim() == 2 && codebook.size(1) > 0, kOp,
             ": codebook must be [k, d >= 1], got ", codebook.shape_text());
   check_codebook(kOp, codebook, codebook.size(1));
   T2P_CHECK(!codebook.on_cuda(), kOp, ": codebook is on ", codebook.device_text(),
             ", packing is for the CPU");
-  const std::int64_t k = codebook.size(0), d = codebook.size(1);
-  std::uint8_t* bytes = bytes_of(kOp, packed, packed_size(k, d));
-  const auto* codes = codebook.data<const float>();
+  return codebook.data<const float>();
+}
+
+std::int64_t needed_for_packing(const TensorView& codebook, std::string_view metric) {
+  return packed_size(codes_to_pack(codebook), codebook.size(0), codebook.size(1),
+                     metric_of("vq_pack", metric));
+}
+
+void pack(const TensorView& codebook, std::string_view metric_name, const TensorView& packed,
+          int threads) {
+  const Metric metric = metric_of("vq_pack", metric_name);
+  const float* codes = codes_to_pack(codebook);
+  std::uint8_t* bytes = bytes_of("vq_pack", packed);
+  const std::int64_t k = codebook.size(0), d = codebook.size(1), size = packed.size(0);
   py::gil_scoped_release nogil;
-  pack_cpu(codes, k, d, metric, threads, bytes);
+  pack_cpu(codes, k, d, metric, threads, bytes, size);
 }
 
 void lookup(const TensorView& indices, const TensorView& codebook, const TensorView& out,
@@ -200,7 +209,7 @@ void bind(py::module_& m) {
   m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("metric"),
         py::arg("packed"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
         py::arg("threads"));
-  m.def("vq_packed_size", &packed_size, py::arg("k"), py::arg("d"));
+  m.def("vq_packed_size", &needed_for_packing, py::arg("codebook"), py::arg("metric"));
   m.def("vq_pack", &pack, py::arg("codebook"), py::arg("metric"), py::arg("packed"),
         py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),

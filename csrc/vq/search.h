@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/buffer.h"
 #include "common/isa.h"
 #include "vq/vq.h"
 
@@ -39,6 +40,8 @@ struct Codebook {
 // code side by side, or 16-bit words, two by two; the last ones are filled up with zeros. Words are
 // more exact, take longer, and are for few channels.
 enum class Format { kBytes, kWords };
+// With no more channels words may pay for themselves.
+constexpr std::int64_t kMostWordChannels = 8;
 
 struct CoarseCodebook {
   Format format;
@@ -47,6 +50,22 @@ struct CoarseCodebook {
   const float* half_norms = nullptr;     // [ceil(k / coarse_codes), coarse_codes], negated
   float largest_half_norm = 0;
   float largest_rounding = 0;  // of all |c - its value in integers|^2
+};
+
+// Many codes that lie close together, apart from the others: a bound that is about the whole
+// codebook cannot choose between them. The others, and the crowd's first code in its place, are a
+// codebook that can be searched, and so is the crowd alone.
+struct Crowd {
+  Buffer<float> other_codes, near_codes;         // [others, d], [near, d], in the codebook's order
+  Buffer<std::int64_t> other_index, near_index;  // their numbers in the codebook
+  std::int64_t others = 0;
+  std::int64_t near = 0;  // 0 if all in the crowd are equal: its first code stands for them
+  std::int64_t representative = 0;  // the place of the crowd's first code among the others
+  float radius = 0;                 // no code of the crowd is farther from its first one
+
+  // False if there is none, as a look at a few codes nearly always tells; else O(k d). For other
+  // metrics than L2 it finds equal codes only.
+  bool find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric);
 };
 
 struct PanelRange {

@@ -53,12 +53,14 @@ void nearest_cpu(const Rows<const float>& x,
 // tokens that is half of the time. It is of use to the same instruction set only.
 void pack_cpu(const float* codebook,  // [k, d]
               std::int64_t k, std::int64_t d, Metric metric, int threads,
-              std::uint8_t* packed);  // [packed_size(k, d)], on an 8-byte boundary
+              std::uint8_t* packed,  // [size], on an 8-byte boundary
+              std::int64_t size);    // packed_size(codebook, k, d, metric), else this throws
 
-std::int64_t packed_size(std::int64_t k, std::int64_t d);
+std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric);
 
-// Whether packed[packed_size(k, d)] was made for such a codebook on this instruction set.
-bool packed_for(const std::uint8_t* packed, std::int64_t k, std::int64_t d, Metric metric);
+// Whether packed[size] was made for such a codebook on this instruction set.
+bool packed_for(const std::uint8_t* packed, std::int64_t size, std::int64_t k, std::int64_t d,
+                Metric metric);
 
 void nearest_cuda(const AnyRows& x,
                   const float* codebook,  // [k, d]

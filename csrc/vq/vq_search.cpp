@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the nearest code, without the kernels: packing, splitting over threads, stages.
+// The search for the nearest code, without the kernels: splitting over threads, stages, crowds.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 
 #include "common/buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "vq/packed.h"
 #include "vq/search.h"
 #include "vq/vq-inl.h"
 #include "vq/vq.h"
@@ -17,63 +17,25 @@ namespace {
 
 // Below these the codebook is searched faster than it is rounded.
 constexpr std::int64_t kLeastCoarseRows = 24, kLeastCoarseCodes = 64;
-// What is packed in a few microseconds, sooner than another thread has begun.
-constexpr std::int64_t kLeastSharedPacking = 16 * 1024;
-// With so few channels words take no more time than bytes, or may pay for themselves.
-constexpr std::int64_t kLeastByteChannels = 3, kMostWordChannels = 8;
-
-// The mean of up to 256 codes. The search is exact about any finite centre; the mean makes its
-// rounding small where the data are far from the origin.
-void find_center(const float* codebook, std::int64_t k, std::int64_t d, float* center) {
-  const std::int64_t samples = std::min<std::int64_t>(k, 256);
-  Buffer<double> sum(d);
-  std::fill_n(sum.data(), d, 0.0);
-  for (std::int64_t s = 0; s < samples; ++s) {
-    const float* code = codebook + s * k / samples * d;
-    for (std::int64_t t = 0; t < d; ++t) sum[t] += code[t];
-  }
-  for (std::int64_t t = 0; t < d; ++t) {
-    const float mean = static_cast<float>(sum[t] / static_cast<double>(samples));
-    center[t] = std::isfinite(mean) ? mean : 0.0f;
-  }
-}
-
-// Words take up to half more time than bytes, which leave more codes to compare. How many is
-// estimated: of codes that are spread evenly, with the mean deviation s from the centre, the one
-// nearest to a row is about 4.2 s k^(-1/d) away, and bytes are off by about 0.005 sqrt(d) of the
-// largest deviation. A row's comparison with one code weighs as much as what words take longer for
-// about 2500.
-Format choose_format(const Codebook& codebook, float magnitude) {
-  const std::int64_t k = codebook.k, d = codebook.d;
-  if (d > kMostWordChannels) return Format::kBytes;
-  if (d < kLeastByteChannels) return Format::kWords;
-  const std::int64_t samples = std::min<std::int64_t>(k, 256);
-  double deviation = 0;
-  for (std::int64_t s = 0; s < samples; ++s) {
-    for (std::int64_t t = 0; t < d; ++t) {
-      const float value = codebook.scored[s * k / samples * d + t] - codebook.center[t];
-      if (std::isfinite(value)) deviation += std::abs(value);
-    }
-  }
-  deviation /= static_cast<double>(samples * d);
-  const double channels = static_cast<double>(d), codes = static_cast<double>(k);
-  const double widening =
-      0.0025 * std::sqrt(channels) * magnitude / deviation * std::pow(codes, 1 / channels);
-  const double compared = std::pow(1 + widening, channels) - 1;
-  return compared < codes / 2500 ? Format::kBytes : Format::kWords;
-}
+// Rows of a block: at least so many, and a multiple of what fills vectors.
+constexpr std::int64_t kLeastBlockRows = 32, kRowStep = 16;
 
 // Splits [0, count) into `parts` ranges of nearly equal length.
 PanelRange part(std::int64_t count, std::int64_t parts, std::int64_t i) {
   return {count * i / parts, count * (i + 1) / parts};
 }
 
-// Runs search(first, count, panels, distance, indices) for blocks of rows and, where those do not
-// fill the threads, for parts of the panels; keeps the better of what the parts found.
+// Runs search(first, count, panels, distance, indices) for blocks of rows and, where even small
+// ones do not fill the threads, for parts of the panels; keeps the better of what the parts found.
+// Parts are the last resort: a part knows none of the codes of the others, and may have to choose
+// exactly between codes that are all far.
 template <class Search>
 void search_blocks(int threads, std::int64_t rows, std::int64_t block_rows, std::int64_t panels,
                    const Search& search, double* distance, std::int64_t* indices) {
-  const std::int64_t blocks = ceil_div(rows, block_rows), wanted = threads > 1 ? 4 * threads : 1;
+  const std::int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const std::int64_t filling = ceil_div(ceil_div(rows, wanted), kRowStep) * kRowStep;
+  block_rows = std::min(block_rows, std::max(filling, kLeastBlockRows));
+  const std::int64_t blocks = ceil_div(rows, block_rows);
   const std::int64_t splits = std::clamp<std::int64_t>(wanted / blocks, 1, ceil_div(panels, 8));
   const Buffer<double> split_distance(splits > 1 ? splits * rows : 0);
   const Buffer<std::int64_t> split_index(splits > 1 ? splits * rows : 0);
@@ -95,92 +57,6 @@ void search_blocks(int threads, std::int64_t rows, std::int64_t block_rows, std:
     distance[r] = to_distance[best];
     indices[r] = decided ? to_index[best] : kUndecided;
   }
-}
-
-// What vq_pack makes of a codebook, at the beginning of its bytes; the center [d], the panels and
-// the half norms follow, each on a cache line's boundary.
-struct PackedHeader {
-  std::int32_t isa, metric;
-  std::int64_t k, d;
-  CoarseCodebook coarse;  // its pointers are not used; a scale of 0: the stage cannot be used
-};
-
-std::int64_t aligned(std::int64_t bytes) { return ceil_div(bytes, 64) * 64; }
-
-struct PackedLayout {
-  std::int64_t center, panels, half_norms, size;
-
-  // Words are the larger of the formats, and used for few channels alone.
-  PackedLayout(const SearchKernels& kernels, std::int64_t k, std::int64_t d) {
-    const Format largest = d > kMostWordChannels ? Format::kBytes : Format::kWords;
-    const std::int64_t count = ceil_div(k, kernels.coarse_codes);
-    center = aligned(sizeof(PackedHeader));
-    panels = center + aligned(d * sizeof(float));
-    half_norms = panels + aligned(count * kernels.coarse_panel_bytes(largest, d));
-    size = half_norms + aligned(count * kernels.coarse_codes * sizeof(float));
-  }
-};
-
-template <class T>
-T* at(std::uint8_t* bytes, std::int64_t offset) {
-  return reinterpret_cast<T*>(bytes + offset);
-}
-template <class T>
-const T* at(const std::uint8_t* bytes, std::int64_t offset) {
-  return reinterpret_cast<const T*>(bytes + offset);
-}
-
-PackedHeader header_of(const std::uint8_t* packed) {
-  PackedHeader header;
-  std::memcpy(&header, packed, sizeof header);
-  return header;
-}
-
-// `codebook` without a center, which is found here.
-void pack(const SearchKernels& kernels, Codebook codebook, int threads, std::uint8_t* packed) {
-  const std::int64_t k = codebook.k, d = codebook.d;
-  if (k * d < kLeastSharedPacking) threads = 1;
-  const PackedLayout layout(kernels, k, d);
-  find_center(codebook.scored, k, d, at<float>(packed, layout.center));
-  codebook.center = at<float>(packed, layout.center);
-
-  const std::int64_t width = kernels.coarse_codes, panels = ceil_div(k, width);
-  constexpr std::int64_t kPanelsPerTask = 8;
-  const std::int64_t tasks = ceil_div(panels, kPanelsPerTask);
-  const Buffer<float> magnitude(tasks), half_norm(tasks), rounding(tasks);
-  const auto codes_of = [&](std::int64_t first_panel, std::int64_t end_panel) {
-    return std::min(end_panel * width, k) - first_panel * width;
-  };
-  parallel_for(threads, tasks, [&](std::int64_t task) {
-    const std::int64_t first = task * kPanelsPerTask,
-                       end = std::min(first + kPanelsPerTask, panels);
-    magnitude[task] = kernels.largest_magnitude(codebook, first * width, codes_of(first, end));
-  });
-  const float largest = *std::max_element(magnitude.data(), magnitude.data() + tasks);
-  const Format format = choose_format(codebook, largest);
-  const float scale = kernels.coarse_scale(format, largest, d);
-  PackedHeader header{.isa = static_cast<std::int32_t>(chosen_isa()),
-                      .metric = static_cast<std::int32_t>(codebook.metric),
-                      .k = k,
-                      .d = d,
-                      .coarse = {.format = format, .scale = scale}};
-  if (scale != 0) {
-    const std::int64_t panel_bytes = kernels.coarse_panel_bytes(format, d);
-    parallel_for(threads, tasks, [&](std::int64_t task) {
-      const std::int64_t first = task * kPanelsPerTask,
-                         end = std::min(first + kPanelsPerTask, panels);
-      half_norm[task] = rounding[task] = 0;
-      for (std::int64_t p = first; p < end; ++p) {
-        kernels.pack_coarse(format, codebook, p * width, codes_of(p, p + 1), scale,
-                            at<std::uint8_t>(packed, layout.panels) + p * panel_bytes,
-                            at<float>(packed, layout.half_norms) + p * width, half_norm[task],
-                            rounding[task]);
-      }
-    });
-    header.coarse.largest_half_norm = *std::max_element(half_norm.data(), half_norm.data() + tasks);
-    header.coarse.largest_rounding = *std::max_element(rounding.data(), rounding.data() + tasks);
-  }
-  std::memcpy(packed, &header, sizeof header);
 }
 
 // The coarse stage for all rows; those that it gives up have kUndecided as their index.
@@ -253,25 +129,6 @@ void search_fine(const SearchKernels& kernels, Codebook codebook, const Rows<con
       distance, indices);
 }
 
-// The codes at length 1, in float64 and then rounded; a code of length 0 stays.
-Buffer<float> normalize(const float* codebook, std::int64_t k, std::int64_t d, int threads) {
-  Buffer<float> directions(k * d);
-  constexpr std::int64_t kCodes = 64;
-  parallel_for(threads, ceil_div(k, kCodes), [&](std::int64_t task) {
-    for (std::int64_t j = task * kCodes, end = std::min(j + kCodes, k); j < end; ++j) {
-      double squares = 0;
-      for (std::int64_t t = 0; t < d; ++t) {
-        squares += double{codebook[j * d + t]} * codebook[j * d + t];
-      }
-      const double norm = squares > 0 ? std::sqrt(squares) : 1;
-      for (std::int64_t t = 0; t < d; ++t) {
-        directions[j * d + t] = static_cast<float>(codebook[j * d + t] / norm);
-      }
-    }
-  });
-  return directions;
-}
-
 // The distance of row r from what the search compared.
 float finish(Metric metric, const Rows<const float>& x, std::int64_t r, double compared) {
   if (metric != Metric::kCosine) return static_cast<float>(compared);
@@ -283,45 +140,34 @@ float finish(Metric metric, const Rows<const float>& x, std::int64_t r, double c
   return static_cast<float>(1 + (squares > 0 ? compared / std::sqrt(squares) : compared));
 }
 
-}  // namespace
+// A codebook, or one of the two that a crowd makes of it.
+struct Codes {
+  const float* values;         // [k, d]
+  const std::int64_t* number;  // [k], or null if it is the codebook
+  std::int64_t k;
+  const std::uint8_t* packed;  // or null
+};
 
-std::int64_t packed_size(std::int64_t k, std::int64_t d) {
-  return PackedLayout(T2P_DISPATCH(kSearch), k, d).size;
-}
-
-void pack_cpu(const float* codebook, std::int64_t k, std::int64_t d, Metric metric, int threads,
-              std::uint8_t* packed) {
-  Buffer<float> directions;
-  if (metric == Metric::kCosine) directions = normalize(codebook, k, d, threads);
-  const float* scored = metric == Metric::kCosine ? directions.data() : codebook;
-  pack(T2P_DISPATCH(kSearch),
-       {.metric = metric, .codes = codebook, .scored = scored, .k = k, .d = d}, threads, packed);
-}
-
-bool packed_for(const std::uint8_t* packed, std::int64_t k, std::int64_t d, Metric metric) {
-  const PackedHeader header = header_of(packed);
-  return header.isa == static_cast<std::int32_t>(chosen_isa()) && header.k == k && header.d == d &&
-         header.metric == static_cast<std::int32_t>(metric);
-}
-
-void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, Metric metric,
-                 const std::uint8_t* packed, int threads, std::int64_t* indices, float* distance) {
-  const std::int64_t n = x.count(), d = x.d;
-  if (n == 0) return;
+// Both stages. Gives what was compared, in float64, and the code's number in the codebook.
+void search(const Rows<const float>& x, const Codes& codes, Metric metric, int threads,
+            double* exact, std::int64_t* indices) {
   const SearchKernels& kernels = T2P_DISPATCH(kSearch);
-  Codebook prepared{.metric = metric, .codes = codebook, .scored = codebook, .k = k, .d = d};
+  const std::int64_t n = x.count(), d = x.d, k = codes.k;
+  Codebook prepared{
+      .metric = metric, .codes = codes.values, .scored = codes.values, .k = k, .d = d};
   Buffer<float> directions;
   const auto find_directions = [&] {
     if (metric != Metric::kCosine || directions.data()) return;
-    directions = normalize(codebook, k, d, threads);
+    directions = normalize(codes.values, k, d, threads);
     prepared.scored = directions.data();
   };
+  const std::uint8_t* packed = codes.packed;
   const bool coarse =
       packed || (kernels.coarse_pays && n >= kLeastCoarseRows && k >= kLeastCoarseCodes);
   Buffer<std::uint8_t> own;
   if (coarse && !packed) {
     find_directions();
-    own.reserve(packed_size(k, d));
+    own.reserve(PackedLayout(kernels, k, d).size);
     pack(kernels, prepared, threads, own.data());
     packed = own.data();
   }
@@ -337,31 +183,129 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   const Buffer<float> origin(d);
   std::fill_n(origin.data(), d, 0.0f);
   prepared.row_center = metric == Metric::kL2 ? prepared.center : origin.data();
-  const Buffer<double> exact(n);
-  if (coarse) search_coarse(kernels, prepared, packed, x, threads, exact.data(), indices);
+  if (coarse) {
+    search_coarse(kernels, prepared, packed, x, threads, exact, indices);
+  } else {
+    std::fill_n(indices, n, kUndecided);
+  }
 
-  std::atomic<std::int64_t> count{coarse ? 0 : n};
+  const std::int64_t count = std::count(indices, indices + n, kUndecided);
+  if (count) {
+    const Buffer<std::int64_t> rows(count), index(count);
+    const Buffer<double> compared(count);
+    for (std::int64_t r = 0, i = 0; r < n; ++r) {
+      if (indices[r] == kUndecided) rows[i++] = r;
+    }
+    find_directions();
+    search_fine(kernels, prepared, x, rows.data(), count, threads, compared.data(), index.data());
+    for (std::int64_t i = 0; i < count; ++i) {
+      exact[rows[i]] = compared[i];
+      indices[rows[i]] = std::isinf(compared[i]) ? 0 : index[i];
+    }
+  }
+  for (std::int64_t r = 0; codes.number && r < n; ++r) indices[r] = codes.number[indices[r]];
+}
+
+// The rows to which a code of the crowd may be nearer than what was found among the others. If the
+// crowd's first code is z, no other one is nearer than |x - z| - radius. Where the radius is so
+// small that float64 does not tell them apart, all are as near as the first.
+void find_open(const Rows<const float>& x, const float* first, float radius, int threads,
+               const double* exact, bool* open) {
+  const std::int64_t n = x.count(), d = x.d;
+  constexpr std::int64_t kRows = 64, kLanes = 8;
+  const float slack = 1 - static_cast<float>(d + 16) * 0x1p-23f;
+  parallel_for(threads, ceil_div(n, kRows), [&](std::int64_t block) {
+    for (std::int64_t r = block * kRows, end = std::min(r + kRows, n); r < end; ++r) {
+      const float* row = x.row(r);
+      float lanes[kLanes] = {};
+      std::int64_t t = 0;
+      const auto add = [&](std::int64_t lane, float value) {
+        lanes[lane] += (value - first[t + lane]) * (value - first[t + lane]);
+      };
+      for (; x.channel_stride == 1 && t + kLanes <= d; t += kLanes) {
+        for (std::int64_t i = 0; i < kLanes; ++i) add(i, row[t + i]);
+      }
+      for (; t < d; ++t) add(0, row[t * x.channel_stride]);
+      float squares = 0;
+      for (const float lane : lanes) squares += lane;
+      const double away = std::isfinite(squares) ? double{slack} * std::sqrt(squares) : 0;
+      const double least = away - radius, found = std::sqrt(exact[r]);
+      open[r] = radius > away * 0x1p-56 && !(least > found * (1 + 0x1p-40));
+    }
+  });
+}
+
+// The search of a codebook with a crowd: among the others, and for some rows in the crowd.
+void search_crowd(const Rows<const float>& x, const Codes& others, const Codes& near,
+                  std::int64_t representative, float radius, Metric metric, int threads,
+                  double* exact, std::int64_t* indices) {
+  search(x, others, metric, threads, exact, indices);
+  if (near.k == 0) return;
+  const std::int64_t n = x.count(), d = x.d;
+  const Buffer<bool> open(n);
+  find_open(x, others.values + representative * d, radius, threads, exact, open.data());
+  const std::int64_t count = std::count(open.data(), open.data() + n, true);
+  if (count == 0) return;
+  const Buffer<std::int64_t> rows(count), index(count);
+  const Buffer<double> compared(count);
+  const Buffer<float> gathered(count * d);
+  for (std::int64_t r = 0, i = 0; r < n; ++r) {
+    if (open[r]) rows[i++] = r;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float* row = x.row(rows[i]);
+    for (std::int64_t t = 0; t < d; ++t) gathered[i * d + t] = row[t * x.channel_stride];
+  }
+  search({.data = gathered.data(),
+          .outer = count,
+          .d = d,
+          .inner = 1,
+          .outer_stride = d,
+          .channel_stride = 1,
+          .inner_stride = d},
+         near, metric, threads, compared.data(), index.data());
+  for (std::int64_t i = 0; i < count; ++i) {
+    double& best = exact[rows[i]];
+    if (compared[i] < best || (compared[i] == best && index[i] < indices[rows[i]])) {
+      best = compared[i];
+      indices[rows[i]] = index[i];
+    }
+  }
+}
+
+}  // namespace
+
+void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t k, Metric metric,
+                 const std::uint8_t* packed, int threads, std::int64_t* indices, float* distance) {
+  const std::int64_t n = x.count(), d = x.d;
+  if (n == 0) return;
+  const Buffer<double> exact(n);
+  Crowd crowd;
+  if (packed && header_of(packed).others) {
+    const PackedHeader header = header_of(packed);
+    const CrowdLayout layout(T2P_DISPATCH(kSearch), header.others, header.near, d);
+    const Codes others{at<float>(packed, layout.other_codes),
+                       at<std::int64_t>(packed, layout.other_index), header.others,
+                       packed + layout.others};
+    const Codes near{at<float>(packed, layout.near_codes),
+                     at<std::int64_t>(packed, layout.near_index), header.near,
+                     packed + layout.near};
+    search_crowd(x, others, near, header.representative, header.radius, metric, threads,
+                 exact.data(), indices);
+  } else if (!packed && n >= kLeastCoarseRows && crowd.find(codebook, k, d, metric)) {
+    const Codes others{crowd.other_codes.data(), crowd.other_index.data(), crowd.others, nullptr};
+    const Codes near{crowd.near_codes.data(), crowd.near_index.data(), crowd.near, nullptr};
+    search_crowd(x, others, near, crowd.representative, crowd.radius, metric, threads, exact.data(),
+                 indices);
+  } else {
+    search(x, {codebook, nullptr, k, packed}, metric, threads, exact.data(), indices);
+  }
   constexpr std::int64_t kRows = 8192;
-  parallel_for(threads, coarse ? ceil_div(n, kRows) : 0, [&](std::int64_t task) {
-    std::int64_t undecided = 0;
+  parallel_for(threads, ceil_div(n, kRows), [&](std::int64_t task) {
     for (std::int64_t r = task * kRows, end = std::min(r + kRows, n); r < end; ++r) {
       distance[r] = finish(metric, x, r, exact[r]);
-      undecided += indices[r] == kUndecided;
     }
-    count += undecided;
   });
-  if (count == 0) return;
-
-  const Buffer<std::int64_t> rows(count), index(count);
-  for (std::int64_t r = 0, i = 0; r < n; ++r) {
-    if (!coarse || indices[r] == kUndecided) rows[i++] = r;
-  }
-  find_directions();
-  search_fine(kernels, prepared, x, rows.data(), count, threads, exact.data(), index.data());
-  for (std::int64_t i = 0; i < count; ++i) {
-    distance[rows[i]] = finish(metric, x, rows[i], exact[i]);
-    indices[rows[i]] = std::isinf(exact[i]) ? 0 : index[i];
-  }
 }
 
 }  // namespace t2p::vq

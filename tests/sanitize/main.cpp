@@ -76,15 +76,19 @@ __attribute__((noinline)) void fill_stack() {
   for (auto& place : places) place = std::numeric_limits<std::int32_t>::max();
 }
 
-// `image` lays the rows out as [2, d, n / 2], else as [n, d, 1].
+// `image` lays the rows out as [2, d, n / 2], else as [n, d, 1]; `crowd` makes half the codes
+// small.
 void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
-        t2p::vq::Metric metric = t2p::vq::Metric::kL2) {
+        t2p::vq::Metric metric = t2p::vq::Metric::kL2, bool crowd = false) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0, scale);
   std::vector<float> x(n * d), codebook(k * d), quantized(n * d), distance(n), first(n);
   for (float& value : x) value = normal(random);
   for (float& value : codebook) value = normal(random);
   if (k > 3) std::copy_n(codebook.begin(), d, codebook.begin() + (k - 1) * d);
+  if (crowd) {
+    for (std::int64_t i = 0; i < k * d / 2; ++i) codebook[i] *= 1e-5f;
+  }
   std::vector<float> counts(k), sums(k * d);
   std::vector<std::int64_t> indices(n);
   const auto rows = [&](auto* data) {
@@ -94,9 +98,10 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
   };
   for (int threads : {1, 2, 5}) {
     const auto from = rows(static_cast<const float*>(x.data()));
-    const t2p::Buffer<std::uint8_t> packed(t2p::vq::packed_size(k, d));
-    t2p::vq::pack_cpu(codebook.data(), k, d, metric, threads, packed.data());
-    require(t2p::vq::packed_for(packed.data(), k, d, metric),
+    const std::int64_t size = t2p::vq::packed_size(codebook.data(), k, d, metric);
+    const t2p::Buffer<std::uint8_t> packed(size);
+    t2p::vq::pack_cpu(codebook.data(), k, d, metric, threads, packed.data(), size);
+    require(t2p::vq::packed_for(packed.data(), size, k, d, metric),
             "what was packed is for its codebook");
     fill_stack();
     t2p::vq::nearest_cpu(from, codebook.data(), k, metric, packed.data(), threads, indices.data(),
@@ -357,6 +362,7 @@ int main() {
       vq(300, 2000, 9, image, scale, t2p::vq::Metric::kCosine);
       vq(300, 2000, 33, image, scale, t2p::vq::Metric::kDot);
       vq(90, 300, 3, image, scale);
+      vq(200, 500, 19, image, scale, t2p::vq::Metric::kL2, true);
     }
   }
   layers();

@@ -456,8 +456,9 @@ def vq_pack(codebook: Tensor, *, metric: str = "l2") -> Tensor:
     if codebook.ndim != 2:
         raise ValueError(f"vq_pack: codebook must be [k, d], got {list(codebook.shape)}")
     check_tensors("vq_pack", codebook=codebook)
-    packed = torch.empty(_C.vq_packed_size(*codebook.shape), dtype=torch.uint8)
-    _C.vq_pack(codebook.detach().float().contiguous(), metric, packed, torch.get_num_threads())
+    codes = codebook.detach().float().contiguous()
+    packed = torch.empty(_C.vq_packed_size(codes, metric), dtype=torch.uint8)
+    _C.vq_pack(codes, metric, packed, torch.get_num_threads())
     return packed
 
 
