@@ -45,6 +45,14 @@ def scheduler_step(
     x0: Tensor | None,
     threads: int,
 ) -> None: ...
+def scheduler_plain_step(
+    arguments: tuple[Any, ...],
+    prev: Tensor | None,
+    x0: Tensor | None,
+    return_x0: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor | None] | None: ...
+def scheduler_seed() -> int: ...
 def scheduler_noise(
     out: Tensor, seeds: Tensor | None, seed: int, offset: int, threads: int
 ) -> None: ...
