@@ -30,7 +30,7 @@ LAYERS = {
     "memory": ["_library"],
     "reference": [],
     "_library": ["_C"],
-    "_checks": [],
+    "_checks": ["_library"],
 }  # fmt: skip
 
 

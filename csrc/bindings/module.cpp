@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bindings/plain.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
 #include "common/isa.h"
@@ -75,6 +76,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("init", &t2p::init_tensor_road, py::arg("torch"));
   m.def("build_info", &t2p::build_info);
   t2p::chosen_isa();  // a wrong T2P_ISA is an error of the import, not of the first kernel
+  t2p::bind_plain(m);
   t2p::bind_results(m);
   t2p::attention::bind(m);
   t2p::group_norm::bind(m);

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <optional>
 
+#include "bindings/plain.h"
 #include "bindings/tensor_view.h"
 #include "common/philox.h"
 #include "scheduler/scheduler.h"
@@ -114,14 +116,15 @@ Bound bound_of(int kind) {
   return static_cast<Bound>(kind);
 }
 
-void step(const TensorView& sample, const TensorView& output, const TensorView& coefficients,
-          const std::optional<TensorView>& index, std::int64_t row,
-          const std::optional<TensorView>& uncond, float guidance, float rescale, int bound,
-          float limit, double ratio, bool learned, const std::optional<TensorView>& shift,
-          const std::optional<TensorView>& history1, const std::optional<TensorView>& history2,
-          const std::optional<TensorView>& noise, bool draw, const std::optional<TensorView>& seeds,
-          std::uint64_t seed, std::uint64_t offset, const std::optional<TensorView>& workspace,
-          const TensorView& prev, const std::optional<TensorView>& x0, int threads) {
+// The step that the arguments ask for, once all of them have been checked.
+Step checked(const TensorView& sample, const TensorView& output, const TensorView& coefficients,
+             const std::optional<TensorView>& index, std::int64_t row,
+             const std::optional<TensorView>& uncond, float guidance, float rescale, int bound,
+             float limit, double ratio, bool learned, const std::optional<TensorView>& shift,
+             const std::optional<TensorView>& history1, const std::optional<TensorView>& history2,
+             const std::optional<TensorView>& noise, bool draw,
+             const std::optional<TensorView>& seeds, std::uint64_t seed, std::uint64_t offset,
+             const TensorView& prev, const std::optional<TensorView>& x0) {
   T2P_CHECK(sample.ndim() >= (learned ? 2 : 1), kOp, ": sample must be [b, ...], got ",
             sample.shape_text());
   const Frame frame{sample, dtype_of("sample", sample), sample_size(sample)};
@@ -180,18 +183,89 @@ void step(const TensorView& sample, const TensorView& output, const TensorView& 
     check_overlap("out", s.prev, name, *other, s);
     if (x0) check_overlap("out", s.x0, name, *other, s);
   }
-  if (sample.on_cuda()) {
-    const std::int64_t needed =
-        workspace_size(s.batch, s.n, s.bound == Bound::kThreshold, uncond && rescale != 0);
-    T2P_CHECK(needed == 0 || (workspace && workspace->count() >= needed), kOp,
-              ": workspace must have ", needed, " elements");
-    if (workspace) check_float32(kOp, "workspace", *workspace);
-    step_cuda(s, sample.device().id, current_stream(sample),
-              workspace ? workspace->data<float>() : nullptr);
-    return;
-  }
+  return s;
+}
+
+void run_on_cpu(const Step& s, int threads) {
   py::gil_scoped_release nogil;
   step_cpu(s, threads);
+}
+
+void step(const TensorView& sample, const TensorView& output, const TensorView& coefficients,
+          const std::optional<TensorView>& index, std::int64_t row,
+          const std::optional<TensorView>& uncond, float guidance, float rescale, int bound,
+          float limit, double ratio, bool learned, const std::optional<TensorView>& shift,
+          const std::optional<TensorView>& history1, const std::optional<TensorView>& history2,
+          const std::optional<TensorView>& noise, bool draw, const std::optional<TensorView>& seeds,
+          std::uint64_t seed, std::uint64_t offset, const std::optional<TensorView>& workspace,
+          const TensorView& prev, const std::optional<TensorView>& x0, int threads) {
+  const Step s = checked(sample, output, coefficients, index, row, uncond, guidance, rescale, bound,
+                         limit, ratio, learned, shift, history1, history2, noise, draw, seeds, seed,
+                         offset, prev, x0);
+  if (!sample.on_cuda()) return run_on_cpu(s, threads);
+  const std::int64_t needed =
+      workspace_size(s.batch, s.n, s.bound == Bound::kThreshold, uncond && rescale != 0);
+  T2P_CHECK(needed == 0 || (workspace && workspace->count() >= needed), kOp,
+            ": workspace must have ", needed, " elements");
+  if (workspace) check_float32(kOp, "workspace", *workspace);
+  step_cuda(s, sample.device().id, current_stream(sample),
+            workspace ? workspace->data<float>() : nullptr);
+}
+
+// A seed out of torch's default generator for the CPU: torch.manual_seed makes it repeatable.
+std::uint64_t draw_seed() {
+  struct Source {
+    py::object fill;  // Tensor.random_ of the number
+    const std::uint64_t* number;
+  };
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Source> stored;
+  const auto make = [] {
+    const py::module_ torch = py::module_::import("torch");
+    const py::object number = torch.attr("zeros")(
+        py::tuple(), py::arg("dtype") = torch.attr("int64"), py::arg("device") = "cpu");
+    const auto address = number.attr("data_ptr")().cast<std::uintptr_t>();
+    return Source{number.attr("random_"), reinterpret_cast<const std::uint64_t*>(address)};
+  };
+  const Source& source = stored.call_once_and_store_result(make).get_stored();
+  const auto filled = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(source.fill.ptr()));
+  if (!filled) throw py::error_already_set();
+  return *source.number;
+}
+
+std::optional<TensorView> view_of(py::handle tensor) {
+  if (tensor.is_none()) return std::nullopt;
+  return TensorView(tensor);
+}
+
+// A step on CPU tensors, from the arguments of the registered op but the last, into `prev` and
+// `x0`, which are made here where they are None. Returns both; or None, where something of torch
+// has to see the call. A seed of None is drawn.
+py::object plain_step(const py::tuple& arguments, py::object prev, py::object x0, bool return_x0,
+                      int threads) {
+  constexpr std::size_t kCount = 20;
+  T2P_CHECK(arguments.size() == kCount, kOp, ": wanted ", kCount, " arguments");
+  const auto at = [&](int i) { return py::handle(PyTuple_GET_ITEM(arguments.ptr(), i)); };
+  if (!is_plain({{at(0), at(1), at(5), at(12), at(13), at(14), at(15)}})) return py::none();
+  const TensorView sample(at(0));
+  if (sample.on_cuda()) return py::none();
+  const std::int64_t bytes = sample.count() * bytes_of(dtype_of("sample", sample));
+  if (prev.is_none()) prev = empty_like(at(0), bytes);
+  if (x0.is_none() && return_x0) x0 = empty_like(at(0), bytes);
+  const bool draws_seed = at(18).is_none();
+  try {
+    Step s = checked(sample, TensorView(at(1)), TensorView(at(2)), view_of(at(3)),
+                     at(4).cast<std::int64_t>(), view_of(at(5)), at(6).cast<float>(),
+                     at(7).cast<float>(), at(8).cast<int>(), at(9).cast<float>(),
+                     at(10).cast<double>(), at(11).cast<bool>(), view_of(at(12)), view_of(at(13)),
+                     view_of(at(14)), view_of(at(15)), at(16).cast<bool>(), view_of(at(17)),
+                     draws_seed ? 0 : at(18).cast<std::uint64_t>(), at(19).cast<std::uint64_t>(),
+                     TensorView(prev), view_of(x0));
+    if (draws_seed) s.seed = draw_seed();
+    run_on_cpu(s, threads);
+  } catch (const py::cast_error& error) {
+    throw TypeError(concat(kOp, ": ", error.what()));
+  }
+  return py::make_tuple(std::move(prev), std::move(x0));
 }
 
 void noise(const TensorView& out, const std::optional<TensorView>& seeds, std::uint64_t seed,
@@ -231,6 +305,9 @@ void bind(py::module_& m) {
         py::arg("history2"), py::arg("noise"), py::arg("draw"), py::arg("seeds"), py::arg("seed"),
         py::arg("offset"), py::arg("workspace"), py::arg("prev"), py::arg("x0"),
         py::arg("threads"));
+  m.def("scheduler_plain_step", &plain_step, py::arg("arguments"), py::arg("prev"), py::arg("x0"),
+        py::arg("return_x0"), py::arg("threads"));
+  m.def("scheduler_seed", &draw_seed);
   m.def("scheduler_noise", &noise, py::arg("out"), py::arg("seeds"), py::arg("seed"),
         py::arg("offset"), py::arg("threads"));
   m.def("philox", &philox, py::arg("seed"), py::arg("offset"), py::arg("index"));

@@ -3,15 +3,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from t2p_fast._library import _C
 
 __all__ = ["check_choice", "describe", "is_plain", "normalize_dim", "under_autocast"]
 
 _is_compiling = torch.compiler.is_compiling
-_count_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_is_grad_enabled = torch.is_grad_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -30,19 +27,7 @@ def describe(value: object) -> str:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no gradient is wanted and no mode of torch would do more than run an op."""
-    if _is_compiling() or _count_modes() or _transform() is not None:
-        return False
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        return False
-    grad = _is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN
-            or tensor.is_neg()  # a view that the dispatcher would negate first
-            or (grad and tensor.requires_grad)
-        ):
-            return False
-    return True
+    return not _is_compiling() and _C.is_plain(*tensors)
 
 
 def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:

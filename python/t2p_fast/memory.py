@@ -21,7 +21,7 @@ from t2p_fast._library import _C
 
 __all__ = ["LARGE", "cached_bytes", "empty", "empty_cache", "empty_like", "limit", "set_limit"]
 
-LARGE = 1 << 20
+LARGE: int = _C.LARGE
 
 _CODES = {
     torch.float32: (2, 32),

@@ -181,6 +181,44 @@ def test_noise(kind: Any) -> None:
     assert scheduler_noise((2, 3), 1).shape == (2, 3)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "float64", "with a gradient"])
+def test_noise_of_a_seed(layout: str) -> None:
+    """A step takes one number of torch's default generator, whatever road it goes."""
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(10)
+    x, m = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    if layout == "strided":
+        x = x.mT
+    elif layout == "float64":
+        x = x.double()
+    elif layout == "with a gradient":
+        m.requires_grad_()
+    torch.manual_seed(7)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    following = torch.rand(())
+    torch.manual_seed(7)
+    ours = scheduler.step(m, scheduler.timesteps[3], x)
+    assert torch.equal(torch.rand(()), following)
+    noise = scheduler_noise(x.shape, seed).to(x.dtype)
+    expected = scheduler.step(m, scheduler.timesteps[3], x, variance_noise=noise)
+    assert torch.equal(ours.prev_sample, expected.prev_sample)
+    torch.manual_seed(7)
+    scheduler.step(m, 0, x)  # the last step adds none
+    assert torch.empty((), dtype=torch.int64).random_() == seed
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_copy_finds_steps_in_timesteps_of_its_own(kind: Any) -> None:
+    scheduler = kind()
+    scheduler.set_timesteps(5)
+    for clone in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        own, other = clone.timesteps, scheduler.timesteps
+        assert own.data_ptr() != other.data_ptr()
+        assert [clone._schedule.value(t, own) for t in own] == own.tolist()
+        assert all(clone._schedule.value(t, own) is None for t in other)
+        assert clone._schedule.value(own[:2], own) is None
+
+
 def test_gradients_through_a_step() -> None:
     """What guidance through the predicted x_0 needs."""
     scheduler = DDIMScheduler(clip_sample=False)
@@ -296,10 +334,14 @@ def test_epsilon_with_zero_terminal_snr_is_refused(kind: Any) -> None:
         rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
     )
     scheduler.set_timesteps(10)
+    training = DDPMScheduler(rescale_betas_zero_snr=True)
     x = torch.randn(1, 3, 4, 4)
     for t in scheduler.timesteps:
         x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x).prev_sample
         assert x.isfinite().all()
+    for timestep in (999, training.timesteps[0]):  # of DDPM, which may go through all
+        with pytest.raises(ValueError, match=r"cannot be used at timestep 999"):
+            training.step(x, timestep, x)
     # Where the timestep without signal is left out, epsilon may stay.
     kind(rescale_betas_zero_snr=True, timestep_spacing="leading").set_timesteps(10)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2p_fast._checks import is_plain
 from t2p_fast._library import _C, define_op
-from t2p_fast.memory import LARGE, empty, empty_like
+from t2p_fast.memory import empty
 from t2p_fast.ops.scheduler_autograd import (
     CLIP,
     NO_BOUND,
@@ -32,7 +32,13 @@ _TENSORS = {
     "sample": 0, "model_output": 1, "uncond_output": 5, "shift": 12, "history1": 13,
     "history2": 14, "noise": 15,
 }  # fmt: skip
-_COEFFICIENTS, _INDEX, _DRAW, _SEEDS = 2, 3, 16, 17
+_COEFFICIENTS, _INDEX, _DRAW, _SEEDS, _SEED = 2, 3, 16, 17, 18
+
+# Noise as the op takes it, from a tensor or drawn: the tensor, whether the kernel draws, its seeds,
+# its seed, and its offset. A seed of None is one out of torch's default generator.
+NoiseSource = tuple[Tensor | None, bool, Tensor | None, int | None, int]
+NO_NOISE: NoiseSource = (None, False, None, 0, 0)
+DRAWN_NOISE: NoiseSource = (None, True, None, None, 0)
 
 
 _kernel: Any = _C.scheduler_step
@@ -159,45 +165,74 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
+_plain_step = _C.scheduler_plain_step
+_is_compiling = torch.compiler.is_compiling
 _get_num_threads = torch.get_num_threads
-_empty_like = torch.empty_like
 
 
 def run_step(
-    arguments: tuple[Any, ...],
-    return_x0: bool,
-    out: tuple[Tensor, Tensor | None] | None = None,
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    row: int,
+    index: Tensor | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    bound: tuple[int, float, float] = (NO_BOUND, 1.0, 0.0),
+    learned: bool = False,
+    shift: Tensor | None = None,
+    history1: Tensor | None = None,
+    history2: Tensor | None = None,
+    noise: NoiseSource = NO_NOISE,
+    return_x0: bool = True,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
-    """The step, from the arguments of the registered op but the last.
+    """The step as the registered op computes it; `bound` is its kind, limit and quantile.
 
     A plain step goes past the dispatcher, which would cost more than a small step itself. What the
     kernel refuses is checked and converted, and then given to the registered op.
     """
-    sample = arguments[0]
-    if is_plain(sample, arguments[1], arguments[5], *arguments[12:16]):
+    given, draw, seeds, seed, offset = noise
+    prev, x0 = out
+    compiling = _is_compiling()
+    if compiling and draw and seed is None:
+        given = torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
+        draw, seed = False, 0
+    arguments = (
+        sample, model_output, coefficients, index, row, uncond_output, guidance_scale,
+        guidance_rescale, bound[0], bound[1], bound[2], learned, shift, history1, history2, given,
+        draw, seeds, seed, offset,
+    )  # fmt: skip
+    if not compiling:
         try:
-            if out is None:
-                make = _empty_like if sample.nbytes < LARGE else empty_like
-                prev = make(sample)
-                x0 = make(sample) if return_x0 else None
-            else:
-                prev, x0 = out
-            if sample.is_cuda:
-                _launch(arguments, prev, x0)
-            else:
-                _kernel(*arguments, None, prev, x0, _get_num_threads())
-            return prev, x0
+            results = _plain_step(arguments, prev, x0, return_x0, _get_num_threads())
+            if results is not None:
+                return results
+            if is_plain(*arguments[:2], uncond_output, *arguments[12:16]) and sample.is_cuda:
+                if prev is None:
+                    prev = torch.empty_like(sample)
+                    x0 = torch.empty_like(sample) if return_x0 else None
+                _launch(_with_seed(arguments), prev, x0)
+                return prev, x0
         except (TypeError, ValueError):
-            if out is not None:
-                _check_out(out, arguments)
-    prev, x0 = _run_registered(arguments, return_x0)
-    if out is None:
-        return prev, x0
-    _check_out(out, arguments)
-    for target, result in zip(out, (prev, x0), strict=True):
+            if prev is not None:
+                _check_out(prev, x0, arguments)
+    results = _run_registered(_with_seed(arguments), return_x0)
+    if prev is None:
+        return results
+    _check_out(prev, x0, arguments)
+    for target, result in zip((prev, x0), results, strict=True):
         if target is not None and result is not None:
             target.copy_(result)
-    return out
+    return prev, x0
+
+
+def _with_seed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with a seed where there is none yet."""
+    if arguments[_SEED] is not None:
+        return arguments
+    return (*arguments[:_SEED], _C.scheduler_seed(), *arguments[_SEED + 1 :])
 
 
 def _run_registered(arguments: Sequence[Any], return_x0: bool) -> tuple[Tensor, Tensor | None]:
@@ -343,18 +378,18 @@ def scheduler_step(
     history1, history2 = (*history, None, None)[:2]
     each, row = (index, 0) if isinstance(index, Tensor) else (None, index)
     seeds, number = (seed, 0) if isinstance(seed, Tensor) else (None, seed or 0)
-    arguments = (
-        sample, model_output, coefficients, each, row, uncond_output, guidance_scale,
-        guidance_rescale, bound, limit, ratio, learned_variance, shift, history1, history2, noise,
-        seed is not None, seeds, number & 0x7FFF_FFFF_FFFF_FFFF, offset,
-    )  # fmt: skip
-    target = None
+    target: tuple[Tensor | None, Tensor | None] = (None, None)
     if out is not None:
         if isinstance(out, tuple) != return_x0 or (isinstance(out, tuple) and len(out) != 2):
             wanted = "(prev, x0)" if return_x0 else "prev"
             raise ValueError(f"scheduler_step: with return_x0={return_x0} out must be {wanted}")
         target = out if isinstance(out, tuple) else (out, None)
-    prev, x0 = run_step(arguments, return_x0, target)
+    source = (noise, seed is not None, seeds, number & 0x7FFF_FFFF_FFFF_FFFF, offset)
+    prev, x0 = run_step(
+        sample, model_output, coefficients, row, each, uncond_output, guidance_scale,
+        guidance_rescale, (bound, limit, ratio), learned_variance, shift, history1, history2,
+        source, return_x0, target,
+    )  # fmt: skip
     return prev if x0 is None else (prev, x0)
 
 
@@ -441,7 +476,7 @@ def _check(arguments: Sequence[Any]) -> None:
         raise ValueError(f"{op}: the quantile of the threshold is {arguments[10]}, expected 0 to 1")
 
 
-def _check_out(out: tuple[Tensor, Tensor | None], arguments: Sequence[Any]) -> None:
+def _check_out(prev: Tensor, x0: Tensor | None, arguments: Sequence[Any]) -> None:
     op, sample = "scheduler_step", arguments[0]
     tensors = [arguments[place] for place in _TENSORS.values() if arguments[place] is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -449,9 +484,7 @@ def _check_out(out: tuple[Tensor, Tensor | None], arguments: Sequence[Any]) -> N
     dtype = sample.dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    for tensor in out:
-        if tensor is None:
-            continue
+    for tensor in (prev,) if x0 is None else (prev, x0):
         if tensor.shape != sample.shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{op}: out must be contiguous, of the shape {list(sample.shape)} and "
@@ -460,7 +493,7 @@ def _check_out(out: tuple[Tensor, Tensor | None], arguments: Sequence[Any]) -> N
             )
         if any(_overlap(tensor, other) for other in tensors):
             raise ValueError(f"{op}: out overlaps an input without being the same memory")
-    if out[1] is not None and _overlap(out[0], out[1]):
+    if x0 is not None and _overlap(prev, x0):
         raise ValueError(f"{op}: out[1] overlaps out[0]")
 
 

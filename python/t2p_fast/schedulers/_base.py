@@ -7,18 +7,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from t2p_fast.ops.scheduler import run_step
+from t2p_fast.ops.scheduler import DRAWN_NOISE, NoiseSource, run_step
 from t2p_fast.ops.scheduler_autograd import CLIP, NO_BOUND, THRESHOLD
 from t2p_fast.ops.scheduler_coefficients import mix_coefficients
 from t2p_fast.schedulers._config import Configurable
 
-__all__ = ["NO_NOISE", "Generator", "Scheduler", "SchedulerOutput", "randn"]
+__all__ = [
+    "Generator",
+    "Scheduler",
+    "SchedulerOutput",
+    "Tables",
+    "draw_noise",
+    "find_table",
+    "randn",
+]
 
-# What the kernel needs for noise: a tensor, or whether it draws and from which seed.
-NoiseSource = tuple[Tensor | None, bool, int]
-NO_NOISE: NoiseSource = (None, False, 0)
+# Coefficients by what they depend on, and the sample's device and dtype.
+Tables = dict[tuple[tuple[Any, ...], int, torch.dtype], Tensor]
 
-_MASK = 0x7FFF_FFFF_FFFF_FFFF
 Generator = torch.Generator | list[torch.Generator] | None
 
 
@@ -89,11 +95,83 @@ def randn(
     return torch.randn(list(shape), generator=generator, device=source, dtype=dtype).to(device)
 
 
+_is_compiling = torch.compiler.is_compiling
+
+
+def draw_noise(like: Tensor, generator: Generator, noise: Tensor | None) -> NoiseSource:
+    """What the kernel needs for noise.
+
+    With a generator the noise is that of `torch.randn`, as in diffusers. Without one the kernel
+    draws, from a seed out of torch's default generator: torch.manual_seed makes it repeatable.
+    """
+    if noise is None and generator is None:
+        return DRAWN_NOISE
+    if noise is None:
+        noise = randn(like.shape, generator, like.device, like.dtype)
+    elif generator is not None:
+        raise ValueError("pass either generator or variance_noise, not both")
+    return noise.to(like.device), False, None, 0, 0
+
+
+def find_table(
+    tables: Tables, key: tuple[Any, ...], sample: Tensor, make: Callable[..., Tensor]
+) -> Tensor:
+    """The coefficients that belong to `key`, where the sample is and in the kernel's dtype.
+
+    Made as `make(*key)`, and added to `tables`, where there are none yet.
+    """
+    place = (key, sample.get_device(), sample.dtype)
+    table = tables.get(place)
+    if table is None:
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        device = torch.device("cpu") if sample.is_meta else sample.device
+        table = tables[place] = make(*key).to(device=device, dtype=dtype)
+    return table
+
+
+class Schedule:
+    """The timesteps of a scheduler, and the tables that were made for them.
+
+    Apart from the scheduler, whose every attribute takes Python longer: it has a `__getattr__`.
+
+    Args:
+        timesteps: `[n]`, where the scheduler has them.
+        values: The same numbers on the host.
+    """
+
+    __slots__ = ("_bytes", "_first", "tables", "timesteps", "values")
+
+    def __init__(self, timesteps: Tensor, values: list[Any]) -> None:
+        self.timesteps, self.values = timesteps, values
+        self.tables: Tables = {}
+        self._first, self._bytes = timesteps.data_ptr(), timesteps.element_size()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Schedule, (self.timesteps, self.values)  # a copy lies elsewhere
+
+    def value(self, timestep: Any, timesteps: Tensor) -> Any:
+        """The number that a tensor is, if it is one of the timesteps, without reading it; or None.
+
+        Loops go over the scheduler's `timesteps`, which may be on a GPU. To read one there would be
+        to wait for everything launched before, and its value is known; unless somebody has put
+        others there.
+        """
+        if _is_compiling() or timesteps is not self.timesteps:
+            return None
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1:
+            return None
+        try:
+            place = (timestep.data_ptr() - self._first) // self._bytes
+        except RuntimeError:  # a tensor without memory
+            return None
+        return self.values[place] if 0 <= place < len(self.values) else None
+
+
 class Scheduler(Configurable):
     """The base of all schedulers.
 
     A subclass makes coefficients, a table `[t, 16]` in float64 with a row per step, and calls
-    `_run` with the row. Tables are made once and kept, by what they depend on and by device.
+    `run_step` with the row. Tables are made once and kept, by what they depend on and by device.
     """
 
     order: ClassVar[int] = 1
@@ -110,12 +188,8 @@ class Scheduler(Configurable):
 
     def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:
         """Takes timesteps on the host as the schedule, and drops what was made for another."""
-        self._values: list[float] = timesteps.tolist()
-        self._tables: dict[Any, Tensor] = {}
         self.timesteps = timesteps.to(device)
-        self._schedule = self.timesteps
-        self._first_timestep = self.timesteps.data_ptr()
-        self._timestep_bytes = self.timesteps.element_size()
+        self._schedule = Schedule(self.timesteps, timesteps.tolist())
 
     @property
     def compatibles(self) -> list[type["Scheduler"]]:
@@ -132,81 +206,6 @@ class Scheduler(Configurable):
         """The sample as the network wants it: here as it is."""
         return sample
 
-    # Rows -----------------------------------------------------------------------------------------
-
-    def _place(self, timestep: Tensor) -> int | None:
-        """Which of `timesteps` a tensor is, if it is one of its elements, without reading it.
-
-        Loops go over `timesteps`, which may be on a GPU. To read one there would be to wait
-        for everything launched before, and its value is known.
-        """
-        if torch.compiler.is_compiling() or self.timesteps is not self._schedule:
-            return None
-        try:
-            place = (timestep.data_ptr() - self._first_timestep) // self._timestep_bytes
-        except RuntimeError:  # a tensor without memory
-            return None
-        return place if 0 <= place < len(self._values) else None
-
-    def _table(self, key: Any, sample: Tensor, make: Callable[..., Tensor], *args: Any) -> Tensor:
-        """The coefficients that belong to `key`, where the sample is and in the kernel's dtype.
-
-        Made as `make(*args)` where there are none yet.
-        """
-        place = (key, sample.get_device(), sample.dtype is torch.float64)
-        table = self._tables.get(place)
-        if table is None:
-            dtype = torch.float64 if place[2] else torch.float32
-            device = torch.device("cpu") if sample.is_meta else sample.device
-            table = make(*args).to(device=device, dtype=dtype)
-            self._tables[place] = table
-        return table
-
-    # The step -------------------------------------------------------------------------------------
-
-    def _draw(self, like: Tensor, generator: Generator, noise: Tensor | None) -> NoiseSource:
-        """What the kernel needs for noise: a tensor, or whether it draws and from which seed.
-
-        With a generator the noise is that of `torch.randn`, as in diffusers. Without one the kernel
-        draws, from a seed out of torch's default generator: torch.manual_seed makes it repeatable.
-        """
-        if noise is not None:
-            if generator is not None:
-                raise ValueError("pass either generator or variance_noise, not both")
-            return noise.to(like.device), False, 0
-        if generator is not None or torch.compiler.is_compiling():
-            return randn(like.shape, generator, like.device, like.dtype), False, 0
-        _SEED.random_()
-        return None, True, _SEED_VALUE.item() & _MASK
-
-    def _run(
-        self,
-        sample: Tensor,
-        model_output: Tensor,
-        table: Tensor,
-        row: int,
-        index: Tensor | None = None,
-        uncond_output: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        bound: tuple[int, float, float] = (NO_BOUND, 1.0, 0.0),
-        learned: bool = False,
-        shift: Tensor | None = None,
-        history1: Tensor | None = None,
-        history2: Tensor | None = None,
-        noise: NoiseSource = NO_NOISE,
-        return_x0: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        given, draw, seed = noise
-        return run_step(
-            (
-                sample, model_output, table, index, row, uncond_output, guidance_scale,
-                guidance_rescale, bound[0], bound[1], bound[2], learned, shift, history1, history2,
-                given, draw, None, seed, 0,
-            ),
-            return_x0,
-        )  # fmt: skip
-
     def _bound(self) -> tuple[int, float, float]:
         """How `x0` is bounded: kind, limit and quantile."""
         config = self.config
@@ -217,22 +216,18 @@ class Scheduler(Configurable):
         return NO_BOUND, 1.0, 0.0
 
     def _mix(
-        self, key: Any, sample: Tensor, other: Tensor, make: Callable[[], tuple[Tensor, Tensor]],
-        index: Tensor | int,
+        self, tables: Tables, name: str, sample: Tensor, other: Tensor,
+        make: Callable[[], tuple[Tensor, Tensor]], index: Tensor | int,
     ) -> Tensor:  # fmt: skip
         """`a[index] sample + b[index] other`, an index for each sample."""
         sample, other = torch.broadcast_tensors(sample, other)
         if sample.is_complex() or not sample.is_floating_point():
             raise TypeError(f"samples must be of floating point, got {sample.dtype}")
-        table = self._table(key, sample, lambda: mix_coefficients(*make()))
+        table = find_table(tables, (name,), sample, lambda _: mix_coefficients(*make()))
         row, each = 0, None
         if isinstance(index, int):
             row = index
         else:
             each = index.to(device=sample.device, dtype=torch.int64).flatten()
             each = each.expand(len(sample)) if len(each) == 1 else each
-        return self._run(sample, other, table, row, index=each, return_x0=False)[0]
-
-
-_SEED = torch.zeros((), dtype=torch.int64)
-_SEED_VALUE = _SEED.numpy()  # its item() takes a tenth of the time of int(_SEED)
+        return run_step(sample, other, table, row, each, return_x0=False)[0]

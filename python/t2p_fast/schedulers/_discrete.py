@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
-from t2p_fast.schedulers._base import Scheduler
+from t2p_fast.schedulers._base import Scheduler, Tables
 from t2p_fast.schedulers._noise_schedule import make_betas, products_of, rescale_zero_terminal_snr
 from t2p_fast.schedulers._spacing import check_step_count, spaced_timesteps
 
@@ -54,7 +54,7 @@ class DiscreteScheduler(Scheduler):
         self._products = set_betas(self)
         self._final_product = 1.0
         self.init_noise_sigma = 1.0
-        self._constants: dict[Any, Tensor] = {}
+        self._constants: Tables = {}  # for any schedule
         self._set_schedule(torch.arange(len(self._products) - 1, -1, -1), None)
 
     def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:
@@ -74,9 +74,13 @@ class DiscreteScheduler(Scheduler):
             and config.rescale_betas_zero_snr
             and float(self._products[-1]) <= 0
         )
+        values = self._schedule.values
         if self._epsilon_without_signal and self.num_inference_steps:
-            for value in self._values:
-                self._check_signal(int(value))
+            for value in values:
+                self._check_signal(value)
+        elif self._epsilon_without_signal:
+            # The schedule of training has it: a step there goes through `_rows_of`, which refuses.
+            values[:] = [value if self._products[value] > 0 else None for value in values]
 
     def _check_signal(self, timestep: int) -> None:
         if self._epsilon_without_signal and float(self._products[timestep]) <= 0:
@@ -109,33 +113,25 @@ class DiscreteScheduler(Scheduler):
 
     def _rows_of(self, timestep: Any, sample: Tensor) -> tuple[int, Tensor | None]:
         """The row of a timestep, or those of a timestep for each sample; rows are timesteps."""
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                return 0, timestep.to(device=sample.device, dtype=torch.int64)
-            place = self._place(timestep)
-            timestep = timestep.item() if place is None else self._values[place]
-        row = int(timestep)
-        if row >= len(self._previous) or row < 0:
-            raise ValueError(
-                f"{type(self).__name__}.step: timestep {row} is outside [0, {len(self._previous)})"
-            )
-        if self._epsilon_without_signal:
-            self._check_signal(row)
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            return 0, timestep.to(device=sample.device, dtype=torch.int64)
+        row, count = int(timestep), len(self._previous)
+        if row >= count or row < 0:
+            owner = type(self).__name__
+            raise ValueError(f"{owner}.step: timestep {row} is outside [0, {count})")
+        self._check_signal(row)
         return row, None
 
     def _mix_train(
         self, name: str, sample: Tensor, noise: Tensor, timesteps: Any,
         make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:  # fmt: skip
-        tables, self._tables = self._tables, self._constants
-        try:
-            products = self._products
-            index = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps)
-            return self._mix(
-                name, sample, noise, lambda: make(products.sqrt(), (1 - products).sqrt()), index
-            )
-        finally:
-            self._tables = tables
+        products = self._products
+        index = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps)
+        return self._mix(
+            self._constants, name, sample, noise,
+            lambda: make(products.sqrt(), (1 - products).sqrt()), index,
+        )  # fmt: skip
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """`sqrt(A_t) x_0 + sqrt(1 - A_t) e`: samples of the forward process, in one kernel.

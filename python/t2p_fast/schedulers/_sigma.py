@@ -59,7 +59,7 @@ class SigmaScheduler(Scheduler):
         if self.sigmas is not self._given_sigmas:
             self._given_sigmas = self.sigmas
             self._levels = self.sigmas.double().cpu()
-            self._tables = {}
+            self._schedule.tables.clear()
         return self._levels
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
@@ -68,21 +68,21 @@ class SigmaScheduler(Scheduler):
         Raises:
             ValueError: No step has it.
         """
-        if schedule_timesteps is None and self.timesteps is not self._schedule:
+        schedule = self._schedule
+        if schedule_timesteps is None and self.timesteps is not schedule.timesteps:
             schedule_timesteps = self.timesteps  # somebody has changed them
         if schedule_timesteps is None:
-            values = self._values
-            if isinstance(timestep, Tensor):
-                place = self._place(timestep)
-                timestep = timestep.item() if place is None else values[place]
+            values, wanted = schedule.values, schedule.value(timestep, self.timesteps)
         else:
-            values = schedule_timesteps.tolist()
-        found = [i for i, value in enumerate(values) if value == float(timestep)]
+            values, wanted = schedule_timesteps.tolist(), None
+        if wanted is None:
+            wanted = float(timestep)
+        found = [i for i, value in enumerate(values) if value == wanted]
         if not found:
             if self.lenient:
                 return len(values) - 1
             raise ValueError(
-                f"{type(self).__name__}: timestep {float(timestep)} is not one of its timesteps"
+                f"{type(self).__name__}: timestep {wanted} is not one of its timesteps"
             )
         return found[min(1, len(found) - 1)]
 
@@ -96,10 +96,11 @@ class SigmaScheduler(Scheduler):
             self._init_step_index(timestep)
         step = self._step_index
         assert step is not None
-        if step >= len(self._values):
+        steps = len(self._schedule.values)
+        if step >= steps:
             raise ValueError(
-                f"{type(self).__name__}.step: all {len(self._values)} steps are done; call "
-                "set_timesteps to begin again"
+                f"{type(self).__name__}.step: all {steps} steps are done; call set_timesteps to "
+                "begin again"
             )
         self._step_index = step + 1
         return step
@@ -125,11 +126,12 @@ class SigmaScheduler(Scheduler):
         first = equal.int().argmax(1)
         others = equal.scatter(1, first[:, None], False)
         found = torch.where(others.any(1), others.int().argmax(1), first)
-        missing = len(self._values) - 1 if self.lenient else -1  # -1 raises, or gives NaN on a GPU
+        missing = len(schedule) - 1 if self.lenient else -1  # -1 raises, or gives NaN on a GPU
         return torch.where(equal.any(1), found, missing)
 
     def _mix_at(
         self, name: str, sample: Tensor, noise: Tensor, timesteps: Tensor, scales: Any
     ) -> Tensor:
         self._float64_sigmas()
-        return self._mix(name, sample, noise, scales, self._steps_of(timesteps))
+        tables = self._schedule.tables
+        return self._mix(tables, name, sample, noise, scales, self._steps_of(timesteps))

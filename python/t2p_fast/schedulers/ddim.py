@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2p_fast.ops.scheduler import NO_NOISE, run_step
 from t2p_fast.ops.scheduler_autograd import NO_BOUND
 from t2p_fast.ops.scheduler_coefficients import ddim_coefficients
-from t2p_fast.schedulers._base import NO_NOISE, Generator, SchedulerOutput
+from t2p_fast.schedulers._base import (
+    Generator,
+    SchedulerOutput,
+    draw_noise,
+    find_table,
+)
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import DiscreteScheduler, TrainedBetas
 
@@ -112,14 +118,16 @@ class DDIMScheduler(DiscreteScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("DDIMScheduler.step: call set_timesteps first")
-        row, index = self._rows_of(timestep, sample)
-        bound = self._bounds
+        schedule, index = self._schedule, None
+        row = schedule.value(timestep, self.timesteps)
+        if row is None:
+            row, index = self._rows_of(timestep, sample)
         key = (eta, use_clipped_model_output)
-        table = self._table(key, sample, self._coefficients, *key)
-        noise = NO_NOISE if eta == 0 else self._draw(sample, generator, variance_noise)
-        prev, x0 = self._run(
+        table = find_table(schedule.tables, key, sample, self._coefficients)
+        noise = NO_NOISE if eta == 0 else draw_noise(sample, generator, variance_noise)
+        prev, x0 = run_step(
             sample, model_output, table, row, index, uncond_output, guidance_scale,
-            guidance_rescale, bound, False, eps_shift, None, None, noise,
+            guidance_rescale, self._bounds, False, eps_shift, None, None, noise,
         )  # fmt: skip
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 

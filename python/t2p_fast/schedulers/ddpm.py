@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2p_fast.ops.scheduler import NO_NOISE, run_step
 from t2p_fast.ops.scheduler_autograd import NO_BOUND
 from t2p_fast.ops.scheduler_coefficients import VARIANCE_TYPES, ddpm_coefficients
-from t2p_fast.schedulers._base import NO_NOISE, Generator, SchedulerOutput
+from t2p_fast.schedulers._base import (
+    Generator,
+    SchedulerOutput,
+    draw_noise,
+    find_table,
+)
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import DiscreteScheduler, TrainedBetas
 
@@ -132,22 +138,25 @@ class DDPMScheduler(DiscreteScheduler):
         Raises:
             ValueError: Arguments do not fit.
         """
-        row, index = self._rows_of(timestep, sample)
+        schedule, index = self._schedule, None
+        row = schedule.value(timestep, self.timesteps)
+        if row is None:
+            row, index = self._rows_of(timestep, sample)
         variance_type = self.variance_type
         learned = variance_type in ("learned", "learned_range")
-        bound = self._bounds
-        table = self._table(variance_type, sample, self._coefficients)
+        key = (variance_type,)
+        table = find_table(schedule.tables, key, sample, self._coefficients)
         noise = NO_NOISE
         if row > 0 or index is not None:
-            noise = self._draw(sample, generator, variance_noise)
-        prev, x0 = self._run(
+            noise = draw_noise(sample, generator, variance_noise)
+        prev, x0 = run_step(
             sample, model_output, table, row, index, uncond_output, guidance_scale,
-            guidance_rescale, bound, learned, mean_shift, None, None, noise,
+            guidance_rescale, self._bounds, learned, mean_shift, None, None, noise,
         )  # fmt: skip
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
-    def _coefficients(self) -> Tensor:
-        scales, kind = self._scales(), self.variance_type
+    def _coefficients(self, kind: str) -> Tensor:
+        scales = self._scales()
         noisy = torch.arange(len(scales[0])) > 0
         return ddpm_coefficients(
             *scales,

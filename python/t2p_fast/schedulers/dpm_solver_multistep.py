@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
+from t2p_fast.ops.scheduler import NO_NOISE, run_step
 from t2p_fast.ops.scheduler_autograd import NO_BOUND, THRESHOLD
 from t2p_fast.ops.scheduler_coefficients import (
     ALGORITHM_TYPES,
@@ -17,7 +18,12 @@ from t2p_fast.ops.scheduler_coefficients import (
     SOLVER_TYPES,
     dpm_solver_coefficients,
 )
-from t2p_fast.schedulers._base import NO_NOISE, Generator, SchedulerOutput
+from t2p_fast.schedulers._base import (
+    Generator,
+    SchedulerOutput,
+    draw_noise,
+    find_table,
+)
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import TrainedBetas, set_betas
 from t2p_fast.schedulers._karras import LEAST_PRODUCT
@@ -286,14 +292,13 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
             kind = "epsilon"
         else:
             kind = config.prediction_type
-        table = self._table(
-            (order, kind, bound[0]), sample, lambda: self._coefficients(order, kind, bound[0])
-        )
+        key = (order, kind, bound[0])
+        table = find_table(self._schedule.tables, key, sample, self._coefficients)
         noise = NO_NOISE
         if config.algorithm_type.startswith("sde"):
-            noise = self._draw(sample, generator, variance_noise)
+            noise = draw_noise(sample, generator, variance_noise)
         before = self.model_outputs
-        prev, result = self._run(
+        prev, result = run_step(
             sample, model_output, table, step, uncond_output=uncond_output,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, bound=bound,
             history1=before[-1] if order > 1 else None,
@@ -308,8 +313,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
 
     def _order_at(self, step: int) -> int:
         """The order of a step: lower where results are missing, and for stability at the end."""
-        config, left = self.config, len(self._values) - 1 - step
-        few = config.lower_order_final and len(self._values) < 15
+        config, left = self.config, len(self._schedule.values) - 1 - step
+        few = config.lower_order_final and len(self._schedule.values) < 15
         order: int = min(config.solver_order, self.lower_order_nums + 1)
         if left == 0 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
             return 1
@@ -337,11 +342,14 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         guidance_scale: float, guidance_rescale: float,
     ) -> Tensor:  # fmt: skip
         """The noise that belongs to the thresholded `x_0`, for the solvers that go by noise."""
-        table = self._table("x0", sample, lambda: dpm_solver_coefficients(
-            *self._scales(self._levels), order=1, prediction_type=self.config.prediction_type,
-            bounded=True,
-        ))  # fmt: skip
-        _, x0 = self._run(
+        table = find_table(
+            self._schedule.tables, ("x0",), sample,
+            lambda _: dpm_solver_coefficients(
+                *self._scales(self._levels), order=1, prediction_type=self.config.prediction_type,
+                bounded=True,
+            ),
+        )  # fmt: skip
+        _, x0 = run_step(
             sample, model_output, table, step, uncond_output=uncond_output,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, bound=self._bound(),
         )  # fmt: skip

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
+from t2p_fast.ops.scheduler import NO_NOISE, run_step
 from t2p_fast.ops.scheduler_coefficients import ancestral_coefficients
-from t2p_fast.schedulers._base import NO_NOISE, Generator, SchedulerOutput
+from t2p_fast.schedulers._base import (
+    Generator,
+    SchedulerOutput,
+    draw_noise,
+    find_table,
+)
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import TrainedBetas
 from t2p_fast.schedulers._karras import KarrasScheduler
@@ -81,11 +87,12 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
     ) -> Any:
         """The sample of the next noise level, in one kernel; args as in `DDIMScheduler.step`."""
         step = self._begin_step(timestep)
-        table = self._table("step", sample, self._coefficients)
+        table = find_table(self._schedule.tables, (), sample, self._coefficients)
         noise = NO_NOISE
-        if step < len(self._values) - 1 or generator is not None:  # the last step adds none
-            noise = self._draw(sample, generator, variance_noise)
-        prev, x0 = self._run(
+        last = len(self._schedule.values) - 1
+        if step < last or generator is not None:  # the last step adds none
+            noise = draw_noise(sample, generator, variance_noise)
+        prev, x0 = run_step(
             sample, model_output, table, step, uncond_output=uncond_output,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise,
         )  # fmt: skip

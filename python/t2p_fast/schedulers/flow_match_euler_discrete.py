@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
+from t2p_fast.ops.scheduler import NO_NOISE, run_step
 from t2p_fast.ops.scheduler_coefficients import flow_coefficients
-from t2p_fast.schedulers._base import NO_NOISE, Generator, SchedulerOutput, randn
+from t2p_fast.schedulers._base import (
+    Generator,
+    SchedulerOutput,
+    draw_noise,
+    find_table,
+    randn,
+)
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._sigma import Array, SigmaScheduler
 from t2p_fast.schedulers._spacing import (
@@ -201,13 +208,10 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
                 model_output = torch.lerp(uncond_output, model_output, guidance_scale)
             prev = self._step_per_token(model_output, sample, per_token_timesteps, generator)
             return SchedulerOutput(prev) if return_dict else (prev,)
-        table = self._table(
-            "step",
-            sample,
-            lambda: flow_coefficients(self._levels[:-1], self._levels[1:], stochastic=stochastic),
-        )
-        noise = self._draw(sample, generator, variance_noise) if stochastic else NO_NOISE
-        prev, _ = self._run(
+        key = (stochastic,)
+        table = find_table(self._schedule.tables, key, sample, self._coefficients)
+        noise = draw_noise(sample, generator, variance_noise) if stochastic else NO_NOISE
+        prev, _ = run_step(
             sample, model_output, table, step, uncond_output=uncond_output,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise,
             return_x0=False,
@@ -215,6 +219,9 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev) if return_dict else (prev,)
+
+    def _coefficients(self, stochastic: bool) -> Tensor:
+        return flow_coefficients(self._levels[:-1], self._levels[1:], stochastic=stochastic)
 
     def _step_per_token(
         self, model_output: Tensor, sample: Tensor, timesteps: Tensor, generator: Generator
