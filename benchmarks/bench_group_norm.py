@@ -19,8 +19,10 @@ Call = Callable[[], Any]
 _GROUPS = 32
 
 
-def _case(b: int, c: int, h: int, *, quick: bool = False) -> Case:
-    return Case({"b": b, "c": c, "h": h, "w": h}, quick)
+def _case(
+    b: int, c: int, h: int, *, quick: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Case:
+    return Case({"b": b, "c": c, "h": h, "w": h}, quick, devices)
 
 
 # The levels of Stable Diffusion's U-Net with guidance, and its decoder near the pixels.
@@ -29,6 +31,7 @@ _CASES = (
     _case(2, 640, 32),
     _case(2, 1280, 16),
     _case(1, 128, 256, quick=True),
+    _case(1, 128, 1024, devices=("cuda",)),
 )
 
 

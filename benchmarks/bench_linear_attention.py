@@ -23,8 +23,16 @@ _EPS = 1e-15
 _CHUNK = 64  # of the causal form in torch, the fastest of 32, 64 and 128
 
 
-def _case(b: int, h: int, n: int, d: int, *, quick: bool = False) -> Case:
-    return Case({"b": b, "h": h, "n": n, "d": d}, quick)
+def _case(
+    b: int,
+    h: int,
+    n: int,
+    d: int,
+    *,
+    quick: bool = False,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> Case:
+    return Case({"b": b, "h": h, "n": n, "d": d}, quick, devices)
 
 
 def _inputs(sizes: Sizes, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -102,7 +110,7 @@ def _providers(
 ) -> tuple[Provider, ...]:
     compiled = next(iter(forms.values()))
     return (
-        Provider("t2p_fast", partial(build, ours), ours=True, devices=("cpu",)),
+        Provider("t2p_fast", partial(build, ours), ours=True),
         *(Provider(name, partial(build, form)) for name, form in forms.items()),
         Provider("torch.compile", partial(_compiled, build, compiled), flag="compile"),
     )
@@ -110,7 +118,11 @@ def _providers(
 
 _PLAIN: dict[str, Attend] = {"torch ones row": _ones_row, "torch": _two_products}
 _CAUSAL: dict[str, Attend] = {"torch chunks": _chunks}
-_CASES = (_case(2, 70, 1024, 32, quick=True), _case(1, 36, 4096, 32))
+_CASES = (
+    _case(2, 70, 1024, 32, quick=True),
+    _case(1, 36, 4096, 32),
+    _case(16, 36, 4096, 32, devices=("cuda",)),
+)
 _CAUSAL_CASES = (_case(1, 16, 1024, 64),)
 
 

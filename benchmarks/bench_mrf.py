@@ -19,6 +19,7 @@ from t2p_fast.ops import (
     mrf_pack,
 )
 
+from .cuda_graph import in_graph
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Sizes, Workload
 
 __all__ = ["BENCHMARK"]
@@ -31,8 +32,14 @@ _ITERATIONS = 5  # of the local workload
 _BP_ITERATIONS = 10
 
 
-def _case(n: int, v: int, t: int, *, quick: bool = False) -> Case:
-    return Case({"n": n, "v": v, "t": t}, quick)
+def _case(
+    n: int, v: int, t: int, *, quick: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Case:
+    return Case({"n": n, "v": v, "t": t}, quick, devices)
+
+
+# MarkovGen's base grid and number of iterations.
+_BASE = _case(256, 8192, 5, devices=("cuda",))
 
 
 # dense weights -----------------------------------------------------------------------------------
@@ -282,8 +289,8 @@ def _bp(name: str, title: str, temperature: float) -> Workload:
             Case({"h": 32, "w": 32, "v": 64}),
         ),
         providers=(
-            Provider("t2p_fast", _ours_bp(temperature), ours=True, devices=("cpu",)),
-            Provider("torch", _torch_bp(temperature), devices=("cpu",)),
+            Provider("t2p_fast", _ours_bp(temperature), ours=True),
+            Provider("torch", _torch_bp(temperature)),
         ),
         inputs=_potts_inputs,
         gate=_gate_bp(temperature),
@@ -319,8 +326,18 @@ BENCHMARK = Benchmark(
         Workload(
             name="mean field",
             title="mrf_mean_field: t iterations of MarkovGen's algorithm 1, dense weights",
-            cases=(_case(256, 1024, 5, quick=True), _case(256, 8192, 1)),
+            cases=(_case(256, 1024, 5, quick=True), _case(256, 8192, 1), _BASE),
             providers=_DENSE_PROVIDERS,
+            inputs=_dense_inputs,
+            gate=_gate_dense,
+            flops=_dense_flops,
+            bytes_moved=_dense_bytes,
+        ),
+        Workload(
+            name="mean field, in a CUDA graph",
+            title="mrf_mean_field replayed",
+            cases=(_BASE,),
+            providers=tuple(in_graph(p) for p in _DENSE_PROVIDERS if not p.flag),
             inputs=_dense_inputs,
             gate=_gate_dense,
             flops=_dense_flops,
@@ -329,7 +346,7 @@ BENCHMARK = Benchmark(
         Workload(
             name="known",
             title="mrf_mean_field with 66 of 256 positions to be found",
-            cases=(_case(256, 1024, 5, quick=True), _case(256, 8192, 1)),
+            cases=(_case(256, 1024, 5, quick=True), _case(256, 8192, 1), _BASE),
             providers=_DENSE_PROVIDERS,
             inputs=_known_inputs,
             gate=_gate_dense,

@@ -12,6 +12,7 @@ from t2p_fast import reference, schedulers
 from t2p_fast.ops import scheduler_noise, scheduler_step
 from t2p_fast.ops.scheduler_coefficients import ddim_coefficients, ddpm_coefficients
 
+from .cuda_graph import in_graph
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Sizes, Workload
 
 __all__ = ["BENCHMARK"]
@@ -174,8 +175,10 @@ def _check_noise(scheduler: Any, timestep: Tensor, noise: Tensor) -> None:
         )
 
 
-def _case(b: int, c: int, h: int, *, quick: bool = False) -> Case:
-    return Case({"b": b, "c": c, "h": h, "w": h}, quick)
+def _case(
+    b: int, c: int, h: int, *, quick: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Case:
+    return Case({"b": b, "c": c, "h": h, "w": h}, quick, devices)
 
 
 _CASES = (
@@ -184,10 +187,12 @@ _CASES = (
     _case(8, 4, 64),
     _case(1, 3, 256),
     _case(4, 3, 256, quick=True),
+    _case(16, 4, 512, devices=("cuda",)),  # 64 MiB a tensor
 )
+_GRAPH_CASES = (_case(2, 4, 64, devices=("cuda",)),)
 
 
-def _workload(name: str, title: str) -> Workload:
+def _workload(name: str, title: str, *, graph: bool = False) -> Workload:
     providers = [
         Provider("t2p_fast", _ours(name), ours=True),
         Provider("diffusers", _diffusers(name), module="diffusers"),
@@ -195,10 +200,12 @@ def _workload(name: str, title: str) -> Workload:
     if name == "ddim":
         providers.append(Provider("torch algebra", _algebra))
     providers.append(Provider("copy of the bytes", _copy(name), yardstick=True))
+    if graph:  # diffusers' steps wait for the device
+        providers = [in_graph(p) for p in providers if not p.module]
     return Workload(
-        name=name,
+        name=f"{name}, in a CUDA graph" if graph else name,
         title=title,
-        cases=_CASES,
+        cases=_GRAPH_CASES if graph else _CASES,
         providers=tuple(providers),
         inputs=_inputs,
         gate=_gate(name),
@@ -239,15 +246,18 @@ def _awkward(device: str) -> None:
 BENCHMARK = Benchmark(
     op="scheduler",
     gate=_awkward,
-    workloads=tuple(
-        _workload(name, f"{_SAMPLERS[name][0]}: a step with guidance{tail}")
-        for name, tail in (
-            ("ddim", ", without noise"),
-            ("ddpm", " and noise"),
-            ("ddpm with threshold", ", noise and dynamic thresholding"),
-            ("euler", ""),
-            ("dpm-solver++", " of second order"),
-            ("flow matching", ""),
-        )
+    workloads=(
+        *(
+            _workload(name, f"{_SAMPLERS[name][0]}: a step with guidance{tail}")
+            for name, tail in (
+                ("ddim", ", without noise"),
+                ("ddpm", " and noise"),
+                ("ddpm with threshold", ", noise and dynamic thresholding"),
+                ("euler", ""),
+                ("dpm-solver++", " of second order"),
+                ("flow matching", ""),
+            )
+        ),
+        _workload("ddim", "DDIMScheduler: a step with guidance, replayed", graph=True),
     ),
 )

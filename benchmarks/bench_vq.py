@@ -2,6 +2,7 @@
 """vq against what people use: eager torch, taming-transformers, FAISS, vector-quantize-pytorch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 from t2p_fast import reference
 from t2p_fast.ops import kmeans, vq_nearest, vq_quantize
 
+from .cuda_graph import in_graph
 from .registry import Benchmark, Case, GateError, Inputs, Provider, Sizes, Workload
 
 __all__ = ["BENCHMARK"]
 
 Call = Callable[[], Any]
 
-_EPS = torch.finfo(torch.float32).eps
 _GATE_ROWS = 64
 _KMEANS_ITERATIONS = 10
 _BETA = 0.25
@@ -27,6 +28,10 @@ _SMOOTHING = 1e-5  # of the counts, as in vector-quantize-pytorch
 
 def _case(n: int, k: int, d: int, *, quick: bool = False) -> Case:
     return Case({"n": n, "k": k, "d": d}, quick)
+
+
+def _gpu_case(n: int, k: int, d: int) -> Case:
+    return replace(_case(n, k, d), devices=("cuda",))
 
 
 def _inputs(sizes: Sizes, device: str) -> Inputs:
@@ -44,6 +49,10 @@ def _inputs_dead(sizes: Sizes, device: str) -> Inputs:
     start = ((2 * torch.rand(k, d, generator=generator) - 1) / k).to(device)
     used = (torch.rand(k, 1, generator=generator) < 0.1).to(device)
     return {**inputs, "codebook": torch.where(used, inputs["codebook"], start)}
+
+
+def _inputs_half(sizes: Sizes, device: str) -> Inputs:
+    return {name: tensor.half() for name, tensor in _inputs(sizes, device).items()}
 
 
 # nearest -----------------------------------------------------------------------------------------
@@ -66,7 +75,7 @@ def _check_nearest(x: Tensor, codebook: Tensor, indices: Any, ours: bool, least:
 
     All indices are checked for range, the distances of `_GATE_ROWS` rows spread over `x`. Ours
     may differ by the fp32 rounding of two distances; peers, which expand the square, by the
-    cancellation that this brings.
+    cancellation that this brings in their dtype, or in TF32 on a GPU.
     """
     n, d = x.shape
     indices = torch.as_tensor(indices, device=x.device).reshape(-1)
@@ -78,11 +87,13 @@ def _check_nearest(x: Tensor, codebook: Tensor, indices: Any, ours: bool, least:
     some, codes = x[rows].double(), codebook.double()
     chosen = (some - codes[indices[rows].long()]).square().sum(1)
     # gamma_(d + 2) of Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1
-    gamma = (d + 2) * _EPS
+    gamma = (d + 2) * torch.finfo(torch.float32).eps
     if ours:
         allowed = 2 * gamma * chosen
     else:
-        allowed = 4 * gamma * (some.norm(dim=1) + codes.norm(dim=1).amax()).square()
+        rounding = max(torch.finfo(x.dtype).eps, 2.0**-10) if x.is_cuda else 0.0
+        scale = (some.norm(dim=1) + codes.norm(dim=1).amax()).square()
+        allowed = 4 * (gamma + rounding) * scale
     wrong = chosen - least > allowed
     if wrong.any():
         row = int(rows[wrong.nonzero()[0, 0]])
@@ -118,6 +129,28 @@ def _torch_cdist(inputs: Inputs) -> Call:
 def _torch_compile(inputs: Inputs) -> Call:
     compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(_addmm_argmin, fullgraph=True)
     return lambda: compiled(inputs["x"], inputs["codebook"])
+
+
+def _torch_autotuned(inputs: Inputs) -> Call:
+    tuned: Callable[[Tensor, Tensor], Tensor] = torch.compile(
+        _addmm_argmin, fullgraph=True, mode="max-autotune-no-cudagraphs"
+    )
+    return lambda: tuned(inputs["x"], inputs["codebook"])
+
+
+def _triton(inputs: Inputs) -> Call:
+    from .triton_vq import nearest
+
+    return partial(nearest, inputs["x"], inputs["codebook"])
+
+
+def _flash_kmeans(inputs: Inputs) -> Call:
+    from flash_kmeans import euclid_assign_triton
+
+    x, codebook = inputs["x"][None], inputs["codebook"][None]
+    squares, norms = x.float().square().sum(-1), codebook.float().square().sum(-1)
+    indices = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    return lambda: euclid_assign_triton(x, codebook, squares, out=indices, c_sq=norms)
 
 
 def _taming(inputs: Inputs) -> Call:
@@ -173,6 +206,15 @@ _NEAREST_PROVIDERS = (
     Provider("torch addmm+argmin", _torch_addmm),
     Provider("torch cdist+argmin", _torch_cdist),
     Provider("torch.compile", _torch_compile, flag="compile"),
+    Provider("torch.compile max-autotune", _torch_autotuned, devices=("cuda",), flag="compile"),
+    Provider("triton online argmin", _triton, module="triton", devices=("cuda",)),
+    Provider(
+        "flash-kmeans",
+        _flash_kmeans,
+        module="flash_kmeans",
+        package="flash-kmeans",
+        devices=("cuda",),
+    ),
     Provider("taming-transformers", _taming),
     Provider("faiss", _faiss_nearest, module="faiss", package="faiss-cpu", devices=("cpu",)),
     Provider(
@@ -185,6 +227,11 @@ _NEAREST_PROVIDERS = (
 # The peers worth following over many sizes.
 _GROWTH_PROVIDERS = tuple(
     p for p in _NEAREST_PROVIDERS if p.name in ("t2p_fast", "torch addmm+argmin", "faiss")
+)
+_GRAPH_PROVIDERS = tuple(
+    in_graph(p)
+    for p in _NEAREST_PROVIDERS
+    if p.name in ("t2p_fast", "torch addmm+argmin", "triton online argmin")
 )
 
 
@@ -201,19 +248,20 @@ def _nearest(
     title: str,
     cases: tuple[Case, ...],
     line: str = "",
-    inputs: Callable[[Sizes, str], Inputs] = _inputs,
+    **changes: Any,
 ) -> Workload:
-    return Workload(
+    workload = Workload(
         name=name,
         title=title,
         cases=cases,
         providers=_GROWTH_PROVIDERS if line else _NEAREST_PROVIDERS,
-        inputs=inputs,
+        inputs=_inputs,
         gate=_gate_nearest,
         flops=_nearest_flops,
         bytes_moved=_nearest_bytes,
         line=line,
     )
+    return replace(workload, **changes)
 
 
 # train: quantise, losses, gradient, moving-average codebook --------------------------------------
@@ -410,6 +458,9 @@ BENCHMARK = Benchmark(
                 _case(4096, 16384, 256),
                 _case(16384, 1024, 64),
                 _case(65536, 512, 8),
+                _gpu_case(65536, 8192, 8),
+                _gpu_case(65536, 16384, 256),
+                _gpu_case(262144, 16384, 32),
             ),
         ),
         _nearest(
@@ -417,6 +468,19 @@ BENCHMARK = Benchmark(
             "vq_nearest in a codebook of which nine codes in ten were never chosen",
             (_case(256, 16384, 256), _case(1024, 1024, 64, quick=True), _case(4096, 8192, 32)),
             inputs=_inputs_dead,
+        ),
+        _nearest(
+            "nearest, float16",
+            "vq_nearest of half precision inputs",
+            (_gpu_case(1048576, 1024, 128),),
+            inputs=_inputs_half,
+            bytes_moved=lambda s: _nearest_bytes(s) / 2,
+        ),
+        _nearest(
+            "nearest, in a CUDA graph",
+            "vq_nearest replayed: the tokens of one image",
+            (_gpu_case(1024, 8192, 32),),
+            providers=_GRAPH_PROVIDERS,
         ),
         _nearest(
             "nearest over n",

@@ -40,10 +40,12 @@ class Case:
     Attributes:
         sizes: The sizes by their one-letter names.
         quick: Whether ``--quick`` keeps the case.
+        devices: Where it is worth measuring.
     """
 
     sizes: Sizes
     quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def name(self) -> str:

@@ -167,7 +167,7 @@ def measure(
             if not _matches(workload.name, settings.workloads):
                 continue
             for case in workload.cases:
-                if settings.quick and not case.quick:
+                if settings.device not in case.devices or (settings.quick and not case.quick):
                     continue
                 tell(f"{workload.name}: {case.name}")
                 rows += _measure_case(benchmark.op, workload, case, settings, facts)

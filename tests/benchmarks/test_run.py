@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -80,7 +84,10 @@ def test_load_every_op_has_a_benchmark():
 @pytest.mark.parametrize("op", registry.ops())
 def test_every_workload_runs_and_passes_its_gate(op):
     for workload in registry.load(op).workloads:
-        case = next((case for case in workload.cases if case.quick), workload.cases[0])
+        cases = [case for case in workload.cases if "cpu" in case.devices]
+        if not cases:
+            continue
+        case = next((case for case in cases if case.quick), cases[0])
         inputs = workload.inputs(case.sizes, "cpu")
         for provider in workload.providers:
             if provider.ours and "cpu" in provider.devices:
@@ -120,6 +127,14 @@ def test_measure_quick_keeps_the_quick_cases():
     benchmark = make_benchmark(OURS)
     assert [row.case for row in measure(benchmark, QUICK)] == ["n100"]
     assert [row.case for row in measure(benchmark, replace(QUICK, quick=False))] == ["n100", "n200"]
+
+
+def test_measure_leaves_out_cases_for_other_devices():
+    benchmark = make_benchmark(OURS)
+    (workload,) = benchmark.workloads
+    cases = (replace(workload.cases[0], devices=("cuda",)), workload.cases[1])
+    benchmark = replace(benchmark, workloads=(replace(workload, cases=cases),))
+    assert [row.case for row in measure(benchmark, replace(QUICK, quick=False))] == ["n200"]
 
 
 def test_measure_does_not_time_a_wrong_peer():
@@ -188,6 +203,20 @@ def test_every_vq_provider_passes_its_gate():
             if not provider.obstacle("cpu", frozenset()):
                 inputs = workload.inputs(sizes, "cpu")
                 workload.gate(inputs, provider.build(inputs)(), provider.ours)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_the_triton_peer_finds_nearest_codes():
+    """In Triton's interpreter, which is chosen when it is imported."""
+    code = """
+import torch
+from t2p_fast.benchmarks.triton_vq import nearest
+for n, k, d in ((130, 300, 32), (65, 129, 8), (70, 200, 100)):
+    x, codes = torch.randn(n, d), torch.randn(k, d)
+    assert torch.equal(nearest(x, codes).long(), torch.cdist(x.double(), codes.double()).argmin(1))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_main_quick_writes_csv_and_tables(tmp_path, capfd):
