@@ -129,9 +129,13 @@ const float* codes_to_pack(const TensorView& codebook) {
   return codebook.data<const float>();
 }
 
-std::int64_t needed_for_packing(const TensorView& codebook, std::string_view metric) {
-  return packed_size(codes_to_pack(codebook), codebook.size(0), codebook.size(1),
-                     metric_of("vq_pack", metric));
+std::int64_t needed_for_packing(const TensorView& codebook, std::string_view metric_name,
+                                int threads) {
+  const Metric metric = metric_of("vq_pack", metric_name);
+  const float* codes = codes_to_pack(codebook);
+  const std::int64_t k = codebook.size(0), d = codebook.size(1);
+  py::gil_scoped_release nogil;
+  return packed_size(codes, k, d, metric, threads);
 }
 
 void pack(const TensorView& codebook, std::string_view metric_name, const TensorView& packed,
@@ -209,7 +213,8 @@ void bind(py::module_& m) {
   m.def("vq_nearest", &nearest, py::arg("x"), py::arg("codebook"), py::arg("metric"),
         py::arg("packed"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
         py::arg("threads"));
-  m.def("vq_packed_size", &needed_for_packing, py::arg("codebook"), py::arg("metric"));
+  m.def("vq_packed_size", &needed_for_packing, py::arg("codebook"), py::arg("metric"),
+        py::arg("threads"));
   m.def("vq_pack", &pack, py::arg("codebook"), py::arg("metric"), py::arg("packed"),
         py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),

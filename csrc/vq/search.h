@@ -65,7 +65,7 @@ struct Crowd {
 
   // False if there is none, as a look at a few codes nearly always tells; else O(k d). For other
   // metrics than L2 it finds equal codes only.
-  bool find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric);
+  bool find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric, int threads);
 };
 
 struct PanelRange {

@@ -54,9 +54,10 @@ void nearest_cpu(const Rows<const float>& x,
 void pack_cpu(const float* codebook,  // [k, d]
               std::int64_t k, std::int64_t d, Metric metric, int threads,
               std::uint8_t* packed,  // [size], on an 8-byte boundary
-              std::int64_t size);    // packed_size(codebook, k, d, metric), else this throws
+              std::int64_t size);    // packed_size of the same, else this throws
 
-std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric);
+std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric,
+                         int threads);
 
 // Whether packed[size] was made for such a codebook on this instruction set.
 bool packed_for(const std::uint8_t* packed, std::int64_t size, std::int64_t k, std::int64_t d,

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "common/buffer.h"
+#include "common/parallel.h"
 #include "vq/search.h"
 
 namespace t2p::vq {
@@ -105,62 +106,67 @@ int find_gap(const std::array<std::int64_t, kExponents>& counts, std::int64_t k)
 
 }  // namespace
 
-bool Crowd::find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric) {
+bool Crowd::find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric,
+                 int threads) {
   const float* center = k < kLeastCodes ? nullptr : find_crowded(codebook, k, d);
   if (!center) return false;
-  const Buffer<bool> inside(k);
-  std::int64_t members = 0, first = k;
-  float farthest = 0;
-  bool alike = true;
-  const auto add = [&](std::int64_t j) {
-    first = std::min(first, j);
-    alike = alike && std::equal(codebook + j * d, codebook + (j + 1) * d, codebook + first * d);
-    ++members;
-  };
-  if (metric == Metric::kL2) {
-    const Buffer<float> away(k);
+  const bool by_distance = metric == Metric::kL2;
+  const Buffer<float> away(k);  // from the center; for other metrics 0, or NaN if not equal
+  constexpr std::int64_t kCodesPerTask = 64;
+  parallel_for(threads, ceil_div(k, kCodesPerTask), [&](std::int64_t task) {
+    const std::int64_t end = std::min((task + 1) * kCodesPerTask, k);
+    for (std::int64_t j = task * kCodesPerTask; j < end; ++j) {
+      const float* code = codebook + j * d;
+      away[j] = by_distance                          ? distance(code, center, d)
+                : std::equal(code, code + d, center) ? 0.0f
+                                                     : std::numeric_limits<float>::quiet_NaN();
+    }
+  });
+  int gap = kExponents;
+  if (by_distance) {
     std::array<std::int64_t, kExponents> counts{};
     for (std::int64_t j = 0; j < k; ++j) {
-      away[j] = distance(codebook + j * d, center, d);
       if (!std::isnan(away[j])) ++counts[static_cast<std::size_t>(exponent(away[j]))];
     }
-    const int gap = find_gap(counts, k);
-    for (std::int64_t j = 0; j < k; ++j) {
-      inside[j] = !std::isnan(away[j]) && exponent(away[j]) < gap;
-      if (!inside[j]) continue;
-      farthest = std::max(farthest, away[j]);
-      add(j);
-    }
-  } else {
-    for (std::int64_t j = 0; j < k; ++j) {
-      inside[j] = std::equal(center, center + d, codebook + j * d);
-      if (inside[j]) add(j);
-    }
+    gap = find_gap(counts, k);
   }
-  if (members < 2 || members * kLeastPart < k || (members == k && !alike)) return false;
+  other_index.reserve(k);
+  near_index.reserve(k);
+  float farthest = 0;
+  bool alike = true;
+  others = near = 0;
+  for (std::int64_t j = 0; j < k; ++j) {
+    if (std::isnan(away[j]) || exponent(away[j]) >= gap) {
+      other_index[others++] = j;
+      continue;
+    }
+    if (near == 0) {
+      representative = others;
+      other_index[others++] = j;
+    }
+    near_index[near++] = j;
+    farthest = std::max(farthest, away[j]);
+    const float* first = codebook + near_index[0] * d;
+    alike = alike && std::equal(first, first + d, codebook + j * d);
+  }
+  if (near < 2 || near * kLeastPart < k || (near == k && !alike)) return false;
 
   // Any two are at most twice the farthest apart; what was lost in subnormal squares comes to it.
   const float slack = 1 + static_cast<float>(d + 16) * 0x1p-23f;
   const float tiny = std::sqrt(static_cast<float>(d) * std::numeric_limits<float>::min());
   radius = alike ? 0 : 2 * slack * (farthest + tiny);
-  others = k - members + 1;
-  near = alike ? 0 : members;
+  if (alike) near = 0;
   other_codes.reserve(others * d);
-  other_index.reserve(others);
   near_codes.reserve(near * d);
-  near_index.reserve(near);
-  std::int64_t other = 0, member = 0;
-  for (std::int64_t j = 0; j < k; ++j) {
-    const auto append = [&](const Buffer<float>& codes, const Buffer<std::int64_t>& index,
-                            std::int64_t& place) {
-      std::copy_n(codebook + j * d, d, codes.data() + place * d);
-      index[place++] = j;
-    };
-    if (!inside[j] || j == first) append(other_codes, other_index, other);
-    if (inside[j] && near) append(near_codes, near_index, member);
-  }
-  representative =
-      std::lower_bound(other_index.data(), other_index.data() + others, first) - other_index.data();
+  parallel_for(threads, ceil_div(others + near, kCodesPerTask), [&](std::int64_t task) {
+    const std::int64_t end = std::min((task + 1) * kCodesPerTask, others + near);
+    for (std::int64_t i = task * kCodesPerTask; i < end; ++i) {
+      const bool other = i < others;
+      const std::int64_t place = other ? i : i - others;
+      const std::int64_t number = (other ? other_index : near_index)[place];
+      std::copy_n(codebook + number * d, d, (other ? other_codes : near_codes).data() + place * d);
+    }
+  });
   return true;
 }
 

@@ -131,18 +131,20 @@ void pack(const SearchKernels& kernels, Codebook codebook, int threads, std::uin
   std::memcpy(packed, &header, sizeof header);
 }
 
-std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric) {
+std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric,
+                         int threads) {
   const SearchKernels& kernels = T2P_DISPATCH(kSearch);
   Crowd crowd;
-  return crowd.find(codebook, k, d, metric) ? CrowdLayout(kernels, crowd.others, crowd.near, d).size
-                                            : PackedLayout(kernels, k, d).size;
+  return crowd.find(codebook, k, d, metric, threads)
+             ? CrowdLayout(kernels, crowd.others, crowd.near, d).size
+             : PackedLayout(kernels, k, d).size;
 }
 
 void pack_cpu(const float* codebook, std::int64_t k, std::int64_t d, Metric metric, int threads,
               std::uint8_t* packed, std::int64_t size) {
   const SearchKernels& kernels = T2P_DISPATCH(kSearch);
   Crowd crowd;
-  const bool crowded = crowd.find(codebook, k, d, metric);
+  const bool crowded = crowd.find(codebook, k, d, metric, threads);
   const CrowdLayout layout(kernels, crowd.others, crowd.near, d);
   if (size != (crowded ? layout.size : PackedLayout(kernels, k, d).size)) {
     throw std::invalid_argument("vq_pack: codebook changed while it was packed");

@@ -252,10 +252,13 @@ void search_crowd(const Rows<const float>& x, const Codes& others, const Codes& 
   for (std::int64_t r = 0, i = 0; r < n; ++r) {
     if (open[r]) rows[i++] = r;
   }
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float* row = x.row(rows[i]);
-    for (std::int64_t t = 0; t < d; ++t) gathered[i * d + t] = row[t * x.channel_stride];
-  }
+  constexpr std::int64_t kRows = 64;
+  parallel_for(threads, ceil_div(count, kRows), [&](std::int64_t block) {
+    for (std::int64_t i = block * kRows, end = std::min(i + kRows, count); i < end; ++i) {
+      const float* row = x.row(rows[i]);
+      for (std::int64_t t = 0; t < d; ++t) gathered[i * d + t] = row[t * x.channel_stride];
+    }
+  });
   search({.data = gathered.data(),
           .outer = count,
           .d = d,
@@ -292,7 +295,7 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
                      packed + layout.near};
     search_crowd(x, others, near, header.representative, header.radius, metric, threads,
                  exact.data(), indices);
-  } else if (!packed && n >= kLeastCoarseRows && crowd.find(codebook, k, d, metric)) {
+  } else if (!packed && n >= kLeastCoarseRows && crowd.find(codebook, k, d, metric, threads)) {
     const Codes others{crowd.other_codes.data(), crowd.other_index.data(), crowd.others, nullptr};
     const Codes near{crowd.near_codes.data(), crowd.near_index.data(), crowd.near, nullptr};
     search_crowd(x, others, near, crowd.representative, crowd.radius, metric, threads, exact.data(),

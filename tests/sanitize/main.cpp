@@ -98,7 +98,7 @@ void vq(std::int64_t n, std::int64_t k, std::int64_t d, bool image, float scale,
   };
   for (int threads : {1, 2, 5}) {
     const auto from = rows(static_cast<const float*>(x.data()));
-    const std::int64_t size = t2p::vq::packed_size(codebook.data(), k, d, metric);
+    const std::int64_t size = t2p::vq::packed_size(codebook.data(), k, d, metric, threads);
     const t2p::Buffer<std::uint8_t> packed(size);
     t2p::vq::pack_cpu(codebook.data(), k, d, metric, threads, packed.data(), size);
     require(t2p::vq::packed_for(packed.data(), size, k, d, metric),

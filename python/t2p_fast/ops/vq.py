@@ -457,8 +457,9 @@ def vq_pack(codebook: Tensor, *, metric: str = "l2") -> Tensor:
         raise ValueError(f"vq_pack: codebook must be [k, d], got {list(codebook.shape)}")
     check_tensors("vq_pack", codebook=codebook)
     codes = codebook.detach().float().contiguous()
-    packed = torch.empty(_C.vq_packed_size(codes, metric), dtype=torch.uint8)
-    _C.vq_pack(codes, metric, packed, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    packed = torch.empty(_C.vq_packed_size(codes, metric, threads), dtype=torch.uint8)
+    _C.vq_pack(codes, metric, packed, threads)
     return packed
 
 
