@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -12,6 +14,9 @@ namespace {
 struct Torch {
   const dlpack::ExchangeApi* table = nullptr;  // null: the road of attributes
   py::object tensor_type, cuda;
+  // For the road of attributes. A name made once saves making and hashing it for every tensor.
+  py::str shape{"shape"}, stride{"stride"}, dtype{"dtype"}, data_ptr{"data_ptr"}, is_cpu{"is_cpu"};
+  std::vector<std::pair<py::object, dlpack::DataType>> dtypes;  // torch has one object for each
 };
 
 // Leaked: it must outlive every tensor, and Python objects cannot be freed after the interpreter.
@@ -37,12 +42,44 @@ dlpack::DataType parse_dtype(std::string_view text) {
   return {code, static_cast<std::uint8_t>(bits), 1};
 }
 
+py::object owned(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object get(py::handle object, const py::str& name) {
+  return owned(PyObject_GetAttr(object.ptr(), name.ptr()));
+}
+
+py::object call(py::handle object, const py::str& name) {
+  return owned(PyObject_CallMethodObjArgs(object.ptr(), name.ptr(), nullptr));
+}
+
+dlpack::DataType dtype_of(const py::object& dtype) {
+  for (const auto& [known, meaning] : torch_in_use().dtypes) {
+    if (dtype.is(known)) return meaning;
+  }
+  return parse_dtype(py::cast<std::string>(py::str(dtype)));
+}
+
+dlpack::Device device_of(py::handle tensor) {
+  const py::object device = tensor.attr("device");
+  const auto kind = py::cast<std::string>(device.attr("type"));
+  T2P_CHECK(kind == "cpu" || kind == "cuda", "a tensor on ", kind, " is not supported");
+  if (kind == "cpu") return {dlpack::kCpu, 0};
+  return {dlpack::kCuda, py::cast<std::int32_t>(device.attr("index"))};
+}
+
 }  // namespace
 
 void init_tensor_road(py::module_ torch) {
   Torch& in_use = torch_in_use();
   in_use.tensor_type = torch.attr("Tensor");
   in_use.cuda = torch.attr("cuda");
+  in_use.dtypes.clear();
+  for (const char* name : {"float32", "int64", "bfloat16", "float16", "uint8", "bool", "int32"}) {
+    in_use.dtypes.emplace_back(torch.attr(name), parse_dtype(name));
+  }
   const char* forced = std::getenv("T2P_TENSOR_ROAD");
   const std::string_view road = forced ? forced : "";
   T2P_CHECK(road.empty() || road == "dlpack" || road == "attributes", "T2P_TENSOR_ROAD=", road,
@@ -89,22 +126,20 @@ void TensorView::load_from_table(py::handle object) {
 }
 
 void TensorView::load_from_attributes(py::handle object) {
-  const auto shape = py::cast<py::tuple>(object.attr("shape"));
-  const auto strides = py::cast<py::tuple>(object.attr("stride")());
+  const Torch& torch = torch_in_use();
+  const auto shape = py::cast<py::tuple>(get(object, torch.shape));
+  const auto strides = py::cast<py::tuple>(call(object, torch.stride));
   T2P_CHECK(shape.size() <= kMaxDims, "a tensor of ", shape.size(), " dimensions is not supported");
   ndim_ = static_cast<int>(shape.size());
   for (int i = 0; i < ndim_; ++i) {
     shape_[i] = py::cast<std::int64_t>(shape[i]);
     strides_[i] = py::cast<std::int64_t>(strides[i]);
   }
-  const py::object device = object.attr("device");
-  const auto kind = py::cast<std::string>(device.attr("type"));
-  T2P_CHECK(kind == "cpu" || kind == "cuda", "a tensor on ", kind, " is not supported");
-  device_.type = kind == "cuda" ? dlpack::kCuda : dlpack::kCpu;
-  device_.id = kind == "cuda" ? py::cast<std::int32_t>(device.attr("index")) : 0;
-  dtype_ = parse_dtype(py::cast<std::string>(py::str(object.attr("dtype"))));
+  device_ = get(object, torch.is_cpu).is(py::bool_(true)) ? dlpack::Device{dlpack::kCpu, 0}
+                                                          : device_of(object);
+  dtype_ = dtype_of(get(object, torch.dtype));
   try {
-    data_ = reinterpret_cast<void*>(py::cast<std::uintptr_t>(object.attr("data_ptr")()));
+    data_ = reinterpret_cast<void*>(py::cast<std::uintptr_t>(call(object, torch.data_ptr)));
   } catch (py::error_already_set&) {
     data_ = nullptr;  // a FakeTensor raises
   }

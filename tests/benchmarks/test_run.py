@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -205,9 +204,10 @@ def test_every_vq_provider_passes_its_gate():
                 workload.gate(inputs, provider.build(inputs)(), provider.ours)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_the_triton_peer_finds_nearest_codes():
     """In Triton's interpreter, which is chosen when it is imported."""
+    # That of 3.2 corrupts memory here, that of 3.5 does not know NumPy 2.5.
+    pytest.importorskip("triton", minversion="3.7")
     code = """
 import torch
 from t2p_fast.benchmarks.triton_vq import nearest

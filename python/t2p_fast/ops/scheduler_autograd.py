@@ -76,7 +76,7 @@ def _quantile(magnitude: Tensor, ratio: float) -> tuple[Tensor, Tensor, float]:
     """The two values about the quantile, `[b, 2]`, their places, and the weight of the second."""
     n = magnitude.shape[1]
     position = ratio * (n - 1)
-    low = int(position)
+    low = int(torch.sym_int(position))  # a SymFloat has no __int__ before torch 2.10
     values, places = magnitude.sort(dim=1)
     ranks = [low, min(low + 1, n - 1)]
     return values[:, ranks], places[:, ranks], position - low
