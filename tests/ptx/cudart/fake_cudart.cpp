@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A CUDA runtime without a GPU, in place of libcudart in the emulated build of the package: what
 // nvcc emits for `kernel<<<...>>>(...)` and what csrc/ calls of the runtime. Launches, copies and
-// fills go to the functions that tests/ptx/device.py gives to t2p_emulator_connect, with the current
-// device and the stream: they say whether those are the tensors'. "Device" memory is the host's.
-// Calls that wait for the GPU, or allocate, are refused; a function that is missing here is an error
-// of the linker.
+// fills go to the functions that tests/ptx/device.py gives to t2p_emulator_connect, with the
+// current device and the stream: they say whether those are the tensors'. "Device" memory is the
+// host's. Calls that wait for the GPU, or allocate, are refused; a function that is missing here is
+// an error of the linker.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -96,8 +96,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   const char* name = kernel->name.c_str();
   if (const cudaError_t status = in_queue(name, stream)) return status;
   const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
-  return result(
-      state().handlers.launch(kernel->module, name, blocks, threads, shared, arguments));
+  return result(state().handlers.launch(kernel->module, name, blocks, threads, shared, arguments));
 }
 
 cudaError_t copy(const char* call, void* to, const void* from, size_t bytes, cudaStream_t stream) {
@@ -236,8 +235,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t status = on_device("cudaFuncGetAttributes", current_device)) return status;
   int bytes = 0;
-  const int status =
-      state().handlers.static_shared(kernel->module, kernel->name.c_str(), &bytes);
+  const int status = state().handlers.static_shared(kernel->module, kernel->name.c_str(), &bytes);
   *attributes = {};
   attributes->sharedSizeBytes = static_cast<size_t>(bytes);
   return result(status);
@@ -248,7 +246,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    unsigned) {
   const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
-  if (const cudaError_t status = on_device("cudaOccupancyMaxActiveBlocksPerMultiprocessor", current_device)) {
+  if (const cudaError_t status =
+          on_device("cudaOccupancyMaxActiveBlocksPerMultiprocessor", current_device)) {
     return status;
   }
   return result(
