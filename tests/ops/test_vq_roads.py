@@ -54,7 +54,10 @@ def test_nearest_is_exact_without_tensor_cores(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k", "d"), [(37, 70, 5), (33, 50, 40), (70, 300, 33)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(37, 70, 5), (33, 50, 40), (70, 300, 33), (20, 50, 3), (21, 49, 13), (22, 70, 30)],
+)
 def test_nearest_where_many_rows_are_undecided(
     n: int, k: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> None:

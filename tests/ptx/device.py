@@ -9,6 +9,7 @@ import ctypes
 import gc
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ class Device:
     Attributes:
         index, stream: Which device it is, and where its work belongs.
         memory: The buffers that the next launch may touch.
-        launches: Names of the kernels launched so far.
+        launches: Names of the kernels launched so far, which a test may clear.
         failure: The first fault since it was last cleared.
         capability: The compute capability. Of a kernel's PTX the newest runs that it allows, as on
             a GPU; that for sm_90a on 9.0 only.
@@ -82,6 +83,7 @@ class Device:
     def __init__(self, library: Path) -> None:
         self.memory = GlobalMemory()
         self.launches: list[str] = []
+        self._counts: Counter[tuple[int, str]] = Counter()  # of launches
         self.failure: Exception | None = None
         self._library = ctypes.CDLL(str(library))
         self._texts = [_ptx_of(address) for address in _modules(self._library)]
@@ -217,6 +219,16 @@ class Device:
             if function.entry
         ]
 
+    def never_launched(self) -> list[str]:
+        """The kernels that no launch was of, of whatever capability: their C++ names."""
+        names = {
+            (number, name)
+            for number, texts in enumerate(self._texts)
+            for *_, text in texts
+            for name in re.findall(r"\.entry\s+([\w$]+)", text)
+        }
+        return sorted(demangle(name) for _, name in names - set(self._counts))
+
     def _launch(
         self, number: int, name: bytes, grid: Any, block: Any, dynamic: int, arguments: Any
     ) -> int:
@@ -251,6 +263,7 @@ class Device:
             parts += bytes(offset - len(parts))
             parts += ctypes.string_at(arguments[i], size)
         self.launches.append(name)
+        self._counts[number, name] += 1
         for region in self.memory.regions:
             if region.shadow:
                 region.shadow.reset()

@@ -28,6 +28,9 @@ x, codebook = torch.randn(70, 40), torch.randn(33, 40)
 indices, distance = ops.vq_nearest(x, codebook, return_distance=True)
 assert torch.equal(indices, torch.cdist(x.double(), codebook.double()).argmin(1))
 print("launched:", *emulation.device.launches)
+never = emulation.device.never_launched()
+assert "t2p::vq::center_kernel" not in never
+assert "t2p::vq::total_kernel" in never
 
 def workspace(*tensors):
     return torch.zeros(_C.vq_workspace_size(70, 33, 40, "l2"))
