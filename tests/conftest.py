@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -18,7 +19,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-_EMULATION = pytest.StashKey[object]()
+_EMULATION = pytest.StashKey[Any]()
 _NO_NVCC = "the CUDA kernels are emulated from what nvcc emits, and there is no nvcc on the PATH"
 
 
@@ -26,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", choices=("cpu", "emulated", "cuda"), help="where ops run"
     )
+    parser.addoption(
+        "--every-kernel", action="store_true",
+        help="with an emulated device: fail if there is a kernel that no test has launched",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +58,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=_NO_NVCC))
         elif marker := item.get_closest_marker("not_emulated"):
             item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
+
+
+def _never_launched(config: pytest.Config) -> list[str]:
+    if not config.getoption("--every-kernel") or _EMULATION not in config.stash:
+        return []
+    names: list[str] = config.stash[_EMULATION].device.never_launched()
+    return names
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _never_launched(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if names := _never_launched(config):
+        terminalreporter.section(f"{len(names)} kernels that no test has launched", red=True)
+        for name in names:
+            terminalreporter.line(name)
 
 
 @pytest.fixture

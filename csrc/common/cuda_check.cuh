@@ -10,6 +10,18 @@
 
 namespace t2p {
 
+// Sizes that only decide how often a loop goes round, as tiles and blocks of a grid. The emulated
+// build of the tests defines T2P_EMULATED_TILE and takes the second, so that small shapes bring
+// every loop to its second turn.
+__host__ __device__ constexpr std::int64_t tile_or_emulated(
+    [[maybe_unused]] std::int64_t real, [[maybe_unused]] std::int64_t emulated) {
+#ifdef T2P_EMULATED_TILE
+  return emulated;
+#else
+  return real;
+#endif
+}
+
 inline void cuda_check(cudaError_t status, const char* op) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));

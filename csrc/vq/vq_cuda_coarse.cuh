@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_check.cuh"
 #include "vq/vq_cuda.cuh"
 
 namespace t2p::vq {
@@ -89,7 +90,7 @@ struct CoarseRoad {
 };
 
 // Rows whose workspace is there at a time: 4 blocks for each of 132 multiprocessors.
-constexpr std::int64_t kSlabRows = 528 * 256;
+constexpr std::int64_t kSlabRows = tile_or_emulated(528 * 256, 512);
 
 std::int64_t workspace_size_coarse(std::int64_t n, const Codes& codes, const CoarseRoad& road);
 void nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Where row blocks alone do not fill the device the codes are split as well, to two tiles or more.
 int64_t split_count(int64_t n, int64_t k) {
-  constexpr int64_t kBlocksWanted = kSlabRows / kBlockRows, kFewestTiles = 2;
+  constexpr int64_t kBlocksWanted = 528, kFewestTiles = 2;  // 4 for 132 multiprocessors
   const int64_t most = (k + kBlockCodes - 1) / kBlockCodes / kFewestTiles;
   const int64_t splits = kBlocksWanted / ((n + kBlockRows - 1) / kBlockRows);
   return splits < 1 || most < 1 ? 1 : (splits < most ? splits : most);

@@ -45,7 +45,7 @@ struct Best {
 
 // Row blocks alone may not fill the device: then the codes are split as well.
 int64_t split_count(int64_t n, int64_t k) {
-  constexpr int64_t kBlocksWanted = 512;
+  constexpr int64_t kBlocksWanted = tile_or_emulated(512, 4);
   const int64_t blocks = (n + kTileRows - 1) / kTileRows;
   const int64_t tiles = (k + kTileCodes - 1) / kTileCodes;
   const int64_t splits = kBlocksWanted / (blocks > 0 ? blocks : 1);

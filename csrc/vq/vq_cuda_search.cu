@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/cuda_check.cuh"
 #include "vq/vq_cuda.cuh"
 
 namespace t2p::vq {
@@ -120,7 +121,7 @@ void launch_center(const Prepared& codes, cudaStream_t stream) {
 void launch_search(const AnyRows& x, const Prepared& codes, int64_t most, cudaStream_t stream,
                    int64_t* indices, float* distance) {
   // How many rows there are is known on the device alone: enough blocks to fill it.
-  constexpr int64_t kBlocks = 512;
+  constexpr int64_t kBlocks = tile_or_emulated(512, 16);
   const auto blocks = static_cast<unsigned>(most < kBlocks ? most : kBlocks);
   with_rows(x, [&](const auto& rows) {
     search_kernel<<<blocks, kSearchThreads, 0, stream>>>(rows, codes, indices, distance);

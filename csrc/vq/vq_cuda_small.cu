@@ -25,11 +25,15 @@ namespace {
 using std::int64_t;
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 16, kTileFloats = 4096;  // of codes in shared memory
+constexpr int kGroup = 16;  // codes
 
 // Rows of a thread, by the channels up to which they are filled with zeros: as many as registers
 // hold.
 __host__ __device__ constexpr int rows_of_thread(int width) { return width > 16 ? 6 : 8; }
+// Codes in shared memory at a time: 16 KiB of them.
+__host__ __device__ constexpr int codes_of_tile(int width) {
+  return static_cast<int>(tile_or_emulated(4096 / width, 2 * kGroup));
+}
 constexpr int width_for(int64_t d) { return d <= 4 ? 4 : d <= 8 ? 8 : d <= 16 ? 16 : 32; }
 
 // Of one row and split.
@@ -69,9 +73,9 @@ __global__ void prepare_kernel(Prepared codes, Small small, int width) {
 template <int kWidth, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     small_kernel(Rows<const T> x, Prepared codes, Small small, int64_t groups_per_split) {
-  constexpr int kRows = rows_of_thread(kWidth), kTileCodes = kTileFloats / kWidth;
+  constexpr int kRows = rows_of_thread(kWidth), kTileCodes = codes_of_tile(kWidth);
   constexpr int kAtOnce = kWidth > 8 ? 2 : 4;  // codes
-  __shared__ float4 tile[kTileFloats / 4];
+  __shared__ float4 tile[kTileCodes * kWidth / 4];
   __shared__ float half_norms[kTileCodes];
   const int64_t n = x.outer * x.inner;
   const int64_t first_row = blockIdx.x * int64_t{kThreads * kRows} + threadIdx.x;

@@ -70,7 +70,8 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
   const int64_t count = out.rows.count() * out.rows.d;
   if (count == 0) return;
   const DeviceGuard guard(device, "vq_lookup");
-  const unsigned blocks = blocks_for(count < (1 << 24) ? count : 1 << 24, 256);
+  constexpr int64_t kMost = tile_or_emulated(1 << 24, 512);  // threads
+  const unsigned blocks = blocks_for(count < kMost ? count : kMost, 256);
   with_rows(out, [&](const auto& rows) {
     lookup_kernel<<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(indices, codebook, k,
                                                                          rows);
@@ -81,7 +82,8 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
 void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin, int64_t k,
                      int device, void* stream, float* counts, float* sums) {
   const DeviceGuard guard(device, "vq_accumulate");
-  const unsigned blocks = static_cast<unsigned>(k < 65536 ? k : 65536);
+  constexpr int64_t kMost = tile_or_emulated(65536, 8);
+  const auto blocks = static_cast<unsigned>(k < kMost ? k : kMost);
   with_rows(x, [&](const auto& rows) {
     accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(rows, order, begin, k,
                                                                              counts, sums);

@@ -139,9 +139,14 @@ def test_is_the_reference(
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((1, 4, 96, 96), torch.float32), ((1, 2, 192, 176), torch.float16)],
+    [((1, 4, 96, 96), torch.float32), ((1, 2, 192, 176), torch.float16),
+     ((1, 2, 136, 152), torch.bfloat16), ((1, 3, 53, 53), torch.float32),
+     ((2, 3, 43, 41), torch.float16), ((1, 5, 35, 47), torch.bfloat16),
+     ((1, 3, 84, 82), torch.float32), ((1, 1, 168, 248), torch.float16),
+     ((1, 3, 88, 160), torch.bfloat16), ((2, 1, 75, 71), torch.float32),
+     ((1, 7, 29, 27), torch.float16)],
     ids=str,
-)
+)  # fmt: skip
 def test_group_larger_than_a_block(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device
 ) -> None:
@@ -318,6 +323,14 @@ def test_gradients_are_those_of_the_reference(
     size, groups = shape
     mean = mean if dtype == torch.float32 else 0.0
     tensors = _inputs(size, dtype, seed, extras, mean=mean)
+    _check_gradients(tensors, groups, activation, layout, seed, device)
+
+
+def _check_gradients(
+    tensors: dict[str, Tensor], groups: int, activation: str, layout: str, seed: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    size, dtype = tensors["x"].shape, tensors["x"].dtype
     weights = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
     ours = {k: v.requires_grad_() for k, v in _moved(_laid_out(tensors, layout), device).items()}
     truth = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
@@ -338,6 +351,24 @@ def test_gradients_are_those_of_the_reference(
         bound = 1e-5 * terms**0.5 * 8 * scale + 2 * UNIT[grad.dtype] * exact.abs()
         error = (grad.double().cpu() - exact).abs()
         assert (error <= bound).all(), f"{name}: {error.max():.3g}"
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("size", "groups"),
+    [((2, 6, 5, 8), 3), ((1, 40, 8, 24), 5), ((2, 33, 7, 9), 11), ((1, 3, 27, 29), 3),
+     ((2, 16, 7, 5), 4), ((1, 72, 3, 11), 9)],
+    ids=str,
+)  # fmt: skip
+def test_every_width(
+    size: tuple[int, ...], groups: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Vectors and single elements, of positions and of channels."""
+    tensors = _inputs(size, dtype, 7)
+    ours = _call(group_norm_silu, _moved(_laid_out(tensors, layout), device), groups)
+    _assert_close(ours, _truth(tensors, groups), _allowance(tensors, groups))
+    _check_gradients(tensors, groups, "silu", layout, 7, device)
 
 
 def reference_inverse(x: Tensor, groups: int) -> Any:

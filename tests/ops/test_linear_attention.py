@@ -108,7 +108,9 @@ def test_linear_attention_is_the_reference(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("shape", [(2, 3, 70, 32, 32), (1, 2, 1, 8, 13), (1, 1, 130, 72, 20)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 70, 32, 32), (1, 2, 1, 8, 13), (1, 1, 130, 72, 20), (1, 2, 35, 24, 40)]
+)
 def test_linear_attention_gradients(
     causal: bool, feature: str, shape: tuple[int, int, int, int, int], device: torch.device
 ) -> None:
@@ -167,15 +169,19 @@ def test_linear_attention_split_sequence(
         (32, 32, "relu", True, "bhnd"),
         (8, 24, "identity", False, "bnhd"),
         (64, 40, "relu", True, "bnhd"),
+        (24, 20, "elu+1", True, "bhnd"),
+        (48, 56, "identity", False, "bhnd"),
     ],
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention_bfloat16_keeps_float32_states(
-    d: int, e: int, feature: str, normalize: bool, layout: str, causal: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_attention_of_halves_keeps_float32_states(
+    d: int, e: int, feature: str, normalize: bool, layout: str, causal: bool, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Also on tensor cores, for which a GPU splits the states."""
     n = 70 if causal else 270
-    tensors = _case(2, 1, n if causal else 33, n, d, e, 7, torch.bfloat16)
+    tensors = _case(2, 1, n if causal else 33, n, d, e, 7, dtype)
     mask = (torch.arange(n) % 5 != 2).repeat(2, 1)
     options: dict[str, Any] = {
         "feature": feature, "normalize": normalize, "eps": 0.1, "causal": causal,
@@ -194,9 +200,9 @@ def test_linear_attention_bfloat16_keeps_float32_states(
         layout=layout, **options,
     )  # fmt: skip
     out = out.transpose(1, 2) if layout == "bnhd" else out
-    _assert_close(out.detach().cpu(), truth.detach(), torch.bfloat16, n + d)
+    _assert_close(out.detach().cpu(), truth.detach(), dtype, n + d)
     _assert_close(state.detach().cpu(), state_truth.detach(), steps=n)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = torch.autograd.grad(out, ours, weight.to(device))
     wanted = torch.autograd.grad(truth, exact, weight.double())
     for gradient, right in zip(found, wanted, strict=True):

@@ -267,6 +267,20 @@ def test_quantize_and_gradients(channel_dim: int, device: torch.device) -> None:
     assert torch.equal(results["ours"][0], vq_lookup(indices, codebook, channel_dim=channel_dim))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "d"), [(1100, 3, 2), (21, 10, 150)])
+def test_sums_of_more_than_a_block_has_threads(
+    n: int, k: int, d: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, codebook = (t.to(device, dtype) for t in case_of(n, k, d))
+    _, _, loss, counts, sums = vq_quantize(x, codebook, return_statistics=True)
+    x64, codes64 = x.double(), codebook.double()
+    truth = reference.vq_quantize(x64, codes64, return_statistics=True)
+    torch.testing.assert_close(loss.double(), truth[2], rtol=1e-6, atol=0)
+    assert torch.equal(counts.double(), truth[3].double())
+    torch.testing.assert_close(sums.double(), truth[4], rtol=1e-6, atol=1e-6)
+
+
 def test_quantize_gradient_far_from_the_origin(device: torch.device) -> None:
     x, codebook = (1e4 + t.to(device) for t in case_of(256, 16, 8))
     codebook.requires_grad_()

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["build", "compile_ptx", "missing", "nvcc"]
+__all__ = ["build", "compile_library", "compile_ptx", "missing", "nvcc"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,18 +59,35 @@ def build() -> Path:
 
 def compile_ptx(source: Path, arch: str = "80") -> str:
     """The PTX of one file, compiled again only if it has changed."""
+    options = ["-ptx", f"-arch=compute_{arch}", "-lineinfo", str(source)]
+    return _compiled([source], f"{arch}.ptx", options).read_text()
+
+
+def compile_library(source: Path, arch: str = "80") -> Path:
+    """One file as a library with PTX inside and the runtime of `cudart/`, in the same way."""
+    runtime = Path(__file__).parent / "cudart" / "fake_cudart.cpp"
+    options = [
+        "-shared", "-Xcompiler=-fPIC", "-cudart=none", "--no-compress", "-lineinfo",
+        f"-gencode=arch=compute_{arch},code=compute_{arch}", f"-I{ROOT / 'csrc'}", str(source),
+        str(runtime),
+    ]  # fmt: skip
+    guard = ROOT / "csrc" / "common" / "cuda_check.cuh"
+    return _compiled([source, runtime, guard], f"{arch}.so", options)
+
+
+def _compiled(sources: list[Path], ending: str, options: list[str]) -> Path:
+    """What nvcc makes of the first of these; kept by what is in all of them."""
     folder = Path(os.environ.get("T2P_EMULATED_BUILD", ROOT / "build" / "emulated"))
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    result = folder / f"{source.stem}-{arch}-{key}.ptx"
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    result = folder / f"{sources[0].stem}-{key}-{ending}"
     if not result.exists():
         compiler = nvcc()
         assert compiler
         partial = result.with_suffix(f".{os.getpid()}")
-        _run(compiler, "-std=c++17", "-ptx", f"-arch=compute_{arch}", "-lineinfo", str(source),
-             "-o", str(partial))  # fmt: skip
+        _run(compiler, "-std=c++17", *options, "-o", str(partial))
         partial.replace(result)
-    return result.read_text()
+    return result
 
 
 def _tool(name: str) -> str:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ptx.compiler import Program, compile_kernel
-from ptx.faults import Fault, NotModelled
-from ptx.memory import GlobalMemory, Region, host_bytes
+from ptx.faults import Fault, NotModelled, demangle
+from ptx.memory import GlobalMemory, Region
 from ptx.parser import Module, parse
 from ptx.scheduler import run
 
@@ -27,6 +28,7 @@ __all__ = ["Device"]
 Array = np.ndarray[Any, Any]
 
 _SUCCESS, _INVALID_VALUE, _INVALID_CONFIGURATION, _LAUNCH_FAILURE = 0, 1, 9, 719
+_NOT_PERMITTED = 800
 _WRAPPER_MAGIC, _FAT_MAGIC, _KIND_PTX = 0x466243B1, 0xBA55ED50, 1
 
 # cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it. Since
@@ -41,11 +43,13 @@ _ATTRIBUTES = {
 _HOPPER = {81: 228 << 10, 97: 227 << 10}
 
 _TYPES = {
+    "in_queue": (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p),
+    "on_device": (ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
+    "refused": (ctypes.c_int, ctypes.c_char_p),
     "launch": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint),
                ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
     "attribute": (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int)),
     "written": (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
-    "allocate": (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
     "shared_limit": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
     "occupancy": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t,
                   ctypes.POINTER(ctypes.c_int)),
@@ -61,19 +65,25 @@ class _Handlers(ctypes.Structure):
 class Device:
     """One emulated GPU with the kernels of one shared library.
 
+    It is the second of two, the first being current, and work on its tensors belongs in a stream
+    that is not the default one. Whatever is launched or asked for elsewhere is a fault.
+
     Attributes:
+        index, stream: Which device it is, and where its work belongs.
         memory: The buffers that the next launch may touch.
-        launches: Names of the kernels launched so far.
+        launches: Names of the kernels launched so far, which a test may clear.
         failure: The first fault since it was last cleared.
         capability: The compute capability. Of a kernel's PTX the newest runs that it allows, as on
             a GPU; that for sm_90a on 9.0 only.
     """
 
     processors = _PROCESSORS
+    index, stream = 1, 0x5EED0
 
     def __init__(self, library: Path) -> None:
         self.memory = GlobalMemory()
         self.launches: list[str] = []
+        self._counts: Counter[tuple[int, str]] = Counter()  # of launches
         self.failure: Exception | None = None
         self._library = ctypes.CDLL(str(library))
         self._texts = [_ptx_of(address) for address in _modules(self._library)]
@@ -81,7 +91,7 @@ class Device:
         self._modules: dict[tuple[int, str], tuple[Module, dict[str, int]]] = {}
         self._programs: dict[tuple[str, str], Program] = {}
         self._limits: dict[tuple[int, str], int] = {}
-        self._own: dict[int, Region] = {}  # variables and allocations, by address
+        self._own: dict[int, Region] = {}  # variables, by address
         self._kept: list[Array] = []
         self._handlers = _Handlers(
             **{
@@ -90,8 +100,6 @@ class Device:
             }
         )
         self._library.t2p_emulator_connect(ctypes.byref(self._handlers))
-
-    # Buffers --------------------------------------------------------------------------------------
 
     @contextmanager
     def regions(self, regions: list[Region]) -> Iterator[None]:
@@ -106,21 +114,51 @@ class Device:
                 raise
         finally:
             self.memory.set_regions(before)
+            self._check_current()
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
-    def _allocate(self, address: int, size: int) -> int:
-        if size == 0:
-            self._own.pop(address, None)
-        else:
-            region = Region(
-                "allocation", host_bytes(address, size), address, written=False, granule=4
-            )
-            self._own[address] = region
-        others = [r for r in self.memory.regions if r not in self._own.values()]
-        self.memory.set_regions([*others, *self._own.values()])
+    # Where things run -----------------------------------------------------------------------------
+
+    def _check_current(self) -> None:
+        """What was current before is so again."""
+        current = ctypes.c_int()
+        self._library.cudaGetDevice(ctypes.byref(current))
+        if current.value != 0:
+            self._library.cudaSetDevice(0)
+            self._fail("another device", f"{current.value} is left the current one, which was 0",
+                       "cudaSetDevice")  # fmt: skip
+
+    def _fail(self, kind: str, detail: str, call: str, kernel: str = "") -> int:
+        """Notes what the host did wrong; only the first counts."""
+        where = (demangle(kernel), "its launch") if kernel else ("the host's code", "a call")
+        if self.failure is None:
+            self.failure = Fault(kind, detail, *where, call, None, None)
+        return _NOT_PERMITTED
+
+    def _in_queue(self, what: bytes, device: int, stream: int | None) -> int:
+        name = what.decode()
+        call, kernel = (name, "") if name.startswith("cuda") else ("cudaLaunchKernel", name)
+        if device != self.index:
+            return self._fail("another device", f"{device} is current, and the tensors are on "
+                              f"{self.index}", call, kernel)  # fmt: skip
+        if (stream or 0) != self.stream:
+            return self._fail("another stream", f"{stream or 0:#x}, and the work on the tensors is "
+                              f"in {self.stream:#x}", call, kernel)  # fmt: skip
         return _SUCCESS
+
+    def _on_device(self, call: bytes, device: int) -> int:
+        if device == self.index:
+            return _SUCCESS
+        return self._fail("another device", f"{device} is asked, and the tensors are on "
+                          f"{self.index}", call.decode())  # fmt: skip
+
+    def _refused(self, call: bytes) -> int:
+        return self._fail("synchronisation", "it waits for the GPU or may, which no op does",
+                          call.decode())  # fmt: skip
+
+    # Buffers --------------------------------------------------------------------------------------
 
     def _written(self, address: int, size: int) -> int:
         for region in self.memory.regions:
@@ -181,6 +219,16 @@ class Device:
             if function.entry
         ]
 
+    def never_launched(self) -> list[str]:
+        """The kernels that no launch was of, of whatever capability: their C++ names."""
+        names = {
+            (number, name)
+            for number, texts in enumerate(self._texts)
+            for *_, text in texts
+            for name in re.findall(r"\.entry\s+([\w$]+)", text)
+        }
+        return sorted(demangle(name) for _, name in names - set(self._counts))
+
     def _launch(
         self, number: int, name: bytes, grid: Any, block: Any, dynamic: int, arguments: Any
     ) -> int:
@@ -215,6 +263,7 @@ class Device:
             parts += bytes(offset - len(parts))
             parts += ctypes.string_at(arguments[i], size)
         self.launches.append(name)
+        self._counts[number, name] += 1
         for region in self.memory.regions:
             if region.shadow:
                 region.shadow.reset()

@@ -3,11 +3,12 @@
 
 Nothing of it is in the package. Before `t2p_fast.ops` is imported,
 
-- `_C` becomes a stand-in that hands tensors to `_C_emulated` as if they were on "cuda:0": as
+- `_C` becomes a stand-in that hands tensors to `_C_emulated` as if they were on "cuda:1": as
   objects with the attributes that the bindings read where torch has no table of functions for them;
 - `define_op` gives the CUDA implementation to the dispatcher for CPU tensors. While that runs,
   `Tensor.is_cuda` is true, and new tensors are known to be empty: reading them before they were
-  written to is a fault, and so is a result that was never written to.
+  written to is a fault, and so is a result that was never written to. So is `.item()` and the like,
+  but in what may wait for a GPU.
 """
 
 import importlib.machinery
@@ -32,6 +33,11 @@ Array = np.ndarray[Any, Any]
 
 _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty,
           torch.Tensor.new_empty_strided}  # fmt: skip
+_WAITING = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy,
+            torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
+            torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero}  # fmt: skip
+# What these do depends on which weights are 0 and which labels are known.
+_MAY_WAIT = {"t2p_fast.ops.mrf", "t2p_fast.ops.mrf_solvers"}
 _IN_PLACE = re.compile(r"(?!__).*[a-z0-9]_$|__setitem__|__i\w+__")
 
 
@@ -41,7 +47,7 @@ class CudaView:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
-        self.device = torch.device("cuda", 0)
+        self.device = torch.device("cuda", Device.index)
         self._strides, self._address = tensor.stride(), tensor.data_ptr()
 
     def stride(self) -> tuple[int, ...]:
@@ -62,10 +68,10 @@ class Emulation:
         self.module = importlib.util.module_from_spec(spec)
         loader.exec_module(self.module)
         self.device = Device(library)
-        stream = types.SimpleNamespace(cuda_stream=0)
+        streams = {Device.index: types.SimpleNamespace(cuda_stream=Device.stream)}
         seen: Any = types.ModuleType("torch_emulated")
         seen.Tensor = CudaView
-        seen.cuda = types.SimpleNamespace(current_stream=lambda _: stream)
+        seen.cuda = types.SimpleNamespace(current_stream=streams.__getitem__)
         self.module.init(seen)
         self._functions: dict[str, Callable[..., Any]] = {}
         self.empties: dict[int, Array] = {}  # by address of the storage: which bytes are written
@@ -163,7 +169,7 @@ class Emulation:
 
         def run(*arguments: Any) -> Any:
             before, self.empties = self.empties, {}
-            mode = _LikeCuda(self)
+            mode = _LikeCuda(self, implementation.__module__ in _MAY_WAIT)
             try:
                 with mode:
                     result = implementation(*arguments)
@@ -196,8 +202,9 @@ class Emulation:
 class _LikeCuda(TorchFunctionMode):
     """Tensors say that they are on a GPU, and empty ones are remembered."""
 
-    def __init__(self, emulation: Emulation) -> None:
+    def __init__(self, emulation: Emulation, may_wait: bool) -> None:
         super().__init__()
+        self.may_wait = may_wait
         self.emulation = emulation
         self.alive: list[torch.Tensor] = []  # so that no address is used twice
 
@@ -205,6 +212,9 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == torch.Tensor.is_cuda.__get__:
             return True
+        if func in _WAITING and not self.may_wait:
+            raise Fault("synchronisation", "the host would wait for the GPU", "an op's Python",
+                        "a call", func.__name__, None, None)  # fmt: skip
         result = func(*args, **kwargs)
         if func in _EMPTY:
             storage = result.untyped_storage()

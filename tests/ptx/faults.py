@@ -50,7 +50,13 @@ class Fault(Exception):
 
 def demangle(name: str) -> str:
     """The C++ name of a kernel without its arguments, or `name` itself where c++filt is missing."""
-    return _filt(name).split("(")[0].removeprefix("void ")
+    full = _filt(name).removeprefix("void ")
+    depth = 0
+    for at in range(len(full) - 1, -1, -1):  # in front of the last parentheses
+        depth += (full[at] == ")") - (full[at] == "(")
+        if depth == 0:
+            return full[:at] if full[at] == "(" else full
+    return full
 
 
 def variable_name(name: str) -> str:

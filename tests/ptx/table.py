@@ -40,6 +40,7 @@ class Case:
         reference: The result from one value of every source.
         relative, absolute: The error that the PTX manual documents.
         extra: Text after the operands, such as an immediate.
+        warp: The reference is given a lane's number, and of the source the values of its warp.
     """
 
     opcode: str
@@ -49,6 +50,7 @@ class Case:
     relative: float = 0.0
     absolute: float = 0.0
     extra: str = ""
+    warp: bool = False
 
     @property
     def name(self) -> str:
@@ -384,4 +386,58 @@ def _conversions() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES: list[Case] = [*_integers(), *_floats(), *_halfs(), *_conversions()]
+def _divisions() -> list[Case]:
+    """By numbers that are known, so that none of them is 0."""
+    cases = []
+    for kind in ("s32", "u32", "s64", "u64"):
+        for by in (1, 3, 7, 641, 0x7FFFFFFF, *((-3, -1000) if kind[0] == "s" else ())):
+            truncated = lambda a, b=by: (abs(int(a)) // abs(b)) * (-1 if (a < 0) != (b < 0) else 1)  # noqa: E731
+            cases += [
+                _c(f"div.{kind}", f"{kind} {kind}", truncated, extra=f", {by}"),
+                _c(f"rem.{kind}", f"{kind} {kind}",
+                   lambda a, b=by, f=truncated: int(a) - f(a) * b, extra=f", {by}"),
+            ]  # fmt: skip
+    return cases
+
+
+def _warps() -> list[Case]:
+    """By whole warps: shuffles, also of 4 or 8 lanes at a time, votes and sums."""
+    cases = []
+
+    def shuffle(mode: str, operand: int, lanes: int, source: Callable[[int], int]) -> None:
+        # Beyond the lanes that go together a lane keeps its own.
+        limit = (32 - lanes) << 8 | (0 if mode == "up" else 31)
+        same = lambda a, b: a // lanes == b // lanes  # noqa: E731
+        cases.append(_c(
+            f"shfl.sync.{mode}.b32", "b32 b32",
+            lambda lane, v: v[source(lane)] if same(source(lane), lane) else v[lane],
+            extra=f", {operand}, {limit}, -1", warp=True,
+        ))  # fmt: skip
+
+    for lanes in (32, 8, 4):
+        for step in (1, 3):
+            shuffle("bfly", step, lanes, lambda lane, s=step: lane ^ s)
+            shuffle("up", step, lanes, lambda lane, s=step: lane - s)
+            shuffle("down", step, lanes, lambda lane, s=step: lane + s)
+            shuffle("idx", step, lanes, lambda lane, s=step, n=lanes: lane // n * n + s)
+    bits = lambda p: sum(bool(x) << i for i, x in enumerate(p))  # noqa: E731
+    signed = lambda total: ref.wrap(total, "s32")  # noqa: E731
+    return [
+        *cases,
+        _c("vote.sync.ballot.b32", "b32 pred", lambda _, p: bits(p), extra=", -1", warp=True),
+        _c("vote.sync.any.pred", "pred pred", lambda _, p: p.any(), extra=", -1", warp=True),
+        _c("vote.sync.all.pred", "pred pred", lambda _, p: p.all(), extra=", -1", warp=True),
+        _c("vote.sync.uni.pred", "pred pred", lambda _, p: p.all() or not p.any(), extra=", -1",
+           warp=True),
+        _c("redux.sync.add.s32", "s32 s32", lambda _, v: signed(sum(map(int, v))), extra=", -1",
+           warp=True),
+        _c("redux.sync.max.s32", "s32 s32", lambda _, v: max(map(int, v)), extra=", -1",
+           warp=True),
+        _c("redux.sync.min.u32", "u32 u32", lambda _, v: min(map(int, v)), extra=", -1",
+           warp=True),
+    ]  # fmt: skip
+
+
+CASES: list[Case] = [
+    *_integers(), *_divisions(), *_floats(), *_halfs(), *_conversions(), *_warps(),
+]  # fmt: skip

@@ -28,6 +28,9 @@ x, codebook = torch.randn(70, 40), torch.randn(33, 40)
 indices, distance = ops.vq_nearest(x, codebook, return_distance=True)
 assert torch.equal(indices, torch.cdist(x.double(), codebook.double()).argmin(1))
 print("launched:", *emulation.device.launches)
+never = emulation.device.never_launched()
+assert "t2p::vq::center_kernel" not in never
+assert "t2p::vq::total_kernel" in never
 
 def workspace(*tensors):
     return torch.zeros(_C.vq_workspace_size(70, 33, 40, "l2"))
@@ -62,6 +65,7 @@ def writes_itself():
 attempt("a result never written", emulation.on_cuda(forgetful))
 attempt("an input never written", emulation.on_cuda(read_of_nothing))
 attempt("a result written", emulation.on_cuda(writes_itself))
+attempt("a host that waits", emulation.on_cuda(lambda: x.new_zeros(1).item()))
 assert not x.is_cuda
 try:
     _C.vq_lookup(indices, codebook, rows[:3], 1)
@@ -86,6 +90,7 @@ def test_emulated_device() -> None:
     missing = found["an input never written"]
     assert "uninitialised read: nobody has written to distance + 0 of 280 bytes" in missing
     assert re.search(r"in t2p::vq::total_kernel at vq_cuda_sums\.cu:\d+", missing)
+    assert "synchronisation: the host would wait for the GPU" in found["a host that waits"]
     assert lines[-1].startswith("error: vq_lookup: indices")
 
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // A CUDA runtime without a GPU, in place of libcudart in the emulated build of the package: what
 // nvcc emits for `kernel<<<...>>>(...)` and what csrc/ calls of the runtime. Launches, copies and
-// fills go to the functions that tests/ptx/device.py gives to t2p_emulator_connect. "Device" memory
-// is the host's. A function that is missing here is an error of the linker.
+// fills go to the functions that tests/ptx/device.py gives to t2p_emulator_connect, with the
+// current device and the stream: they say whether those are the tensors'. "Device" memory is the
+// host's. Calls that wait for the GPU, or allocate, are refused; a function that is missing here is
+// an error of the linker.
 #include <cuda_runtime_api.h>
 
-#include <cstdlib>
 #include <map>
 #include <string>
 #include <vector>
@@ -25,11 +26,13 @@ struct Variable {
 
 struct Handlers {
   // All return a cudaError_t.
+  int (*in_queue)(const char* what, int device, const void* stream);  // something is to run there
+  int (*on_device)(const char* call, int device);                     // of which something is asked
+  int (*refused)(const char* call);
   int (*launch)(int module, const char* name, const unsigned* grid, const unsigned* block,
                 size_t shared, void** arguments);
   int (*attribute)(int number, int* value);
-  int (*written)(void* to, size_t bytes);   // the host or a copy has written there
-  int (*allocate)(void* at, size_t bytes);  // new memory; bytes = 0: freed
+  int (*written)(void* to, size_t bytes);  // the host or a copy has written there
   int (*shared_limit)(int module, const char* name, int bytes);
   int (*occupancy)(int module, const char* name, int threads, size_t shared, int* blocks);
   int (*static_shared)(int module, const char* name, int* bytes);
@@ -57,7 +60,8 @@ struct Configuration {
 };
 thread_local Configuration configuration;
 thread_local cudaError_t last_error = cudaSuccess;
-int current_device = 0;
+constexpr int kDevices = 2;
+thread_local int current_device = 0;
 
 cudaError_t result(int code) {
   const auto error = static_cast<cudaError_t>(code);
@@ -70,22 +74,33 @@ const Kernel* find(const void* function) {
   return found == state().kernels.end() ? nullptr : &found->second;
 }
 
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
-  const Kernel* kernel = find(function);
+cudaError_t on_device(const char* call, int device) {
   if (!state().connected) return result(cudaErrorInsufficientDriver);
+  return result(state().handlers.on_device(call, device));
+}
+
+cudaError_t in_queue(const char* what, cudaStream_t stream) {
+  if (!state().connected) return result(cudaErrorInsufficientDriver);
+  return result(state().handlers.in_queue(what, current_device, stream));
+}
+
+cudaError_t refuse(const char* call) {
+  if (!state().connected) return result(cudaErrorInsufficientDriver);
+  return result(state().handlers.refused(call));
+}
+
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                   cudaStream_t stream) {
+  const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  const char* name = kernel->name.c_str();
+  if (const cudaError_t status = in_queue(name, stream)) return status;
   const unsigned blocks[] = {grid.x, grid.y, grid.z}, threads[] = {block.x, block.y, block.z};
-  return result(state().handlers.launch(kernel->module, kernel->name.c_str(), blocks, threads,
-                                        shared, arguments));
+  return result(state().handlers.launch(kernel->module, name, blocks, threads, shared, arguments));
 }
 
-cudaError_t fill(void* to, int value, size_t bytes) {
-  char* at = static_cast<char*>(to);
-  for (size_t i = 0; i < bytes; ++i) at[i] = static_cast<char>(value);
-  return result(state().handlers.written(to, bytes));
-}
-
-cudaError_t copy(void* to, const void* from, size_t bytes) {
+cudaError_t copy(const char* call, void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t status = in_queue(call, stream)) return status;
   const char* source = static_cast<const char*>(from);
   char* at = static_cast<char*>(to);
   for (size_t i = 0; i < bytes; ++i) at[i] = source[i];
@@ -139,12 +154,12 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   return find(function) ? cudaSuccess : result(cudaErrorInvalidDeviceFunction);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
-                               size_t shared, cudaStream_t) {
-  return launch(kernel, grid, block, arguments, shared);
+                               size_t shared, cudaStream_t stream) {
+  return launch(kernel, grid, block, arguments, shared, stream);
 }
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t shared, cudaStream_t) {
-  return launch(function, grid, block, arguments, shared);
+                             size_t shared, cudaStream_t stream) {
+  return launch(function, grid, block, arguments, shared, stream);
 }
 
 // Errors -----------------------------------------------------------------------------------------
@@ -169,16 +184,18 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid device ordinal";
     case cudaErrorInvalidDeviceFunction:
       return "invalid device function";
+    case cudaErrorNotPermitted:
+      return "not what an op may do";
     default:
       return "the emulated kernel failed";
   }
 }
 const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 
-// Devices and streams: one of each, in which everything is done at once ---------------------------
+// Devices, two of them; what is put in a stream is done at once -----------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = kDevices;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
@@ -186,14 +203,15 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kDevices) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return result(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kDevices) return result(cudaErrorInvalidDevice);
+  if (const cudaError_t status = on_device("cudaDeviceGetAttribute", device)) return status;
   return result(state().handlers.attribute(attribute, value));
 }
-cudaError_t cudaDeviceSynchronize() { return last_error; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return last_error; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -204,6 +222,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t status = on_device("cudaFuncSetAttribute", current_device)) return status;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
     return result(cudaErrorInvalidValue);
@@ -214,9 +233,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t status = on_device("cudaFuncGetAttributes", current_device)) return status;
   int bytes = 0;
-  const int status =
-      state().handlers.static_shared(kernel->module, kernel->name.c_str(), &bytes);
+  const int status = state().handlers.static_shared(kernel->module, kernel->name.c_str(), &bytes);
   *attributes = {};
   attributes->sharedSizeBytes = static_cast<size_t>(bytes);
   return result(status);
@@ -227,6 +246,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    unsigned) {
   const Kernel* kernel = find(function);
   if (!kernel) return result(cudaErrorInvalidDeviceFunction);
+  if (const cudaError_t status =
+          on_device("cudaOccupancyMaxActiveBlocksPerMultiprocessor", current_device)) {
+    return status;
+  }
   return result(
       state().handlers.occupancy(kernel->module, kernel->name.c_str(), threads, shared, blocks));
 }
@@ -238,44 +261,55 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 // Memory -----------------------------------------------------------------------------------------
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return fill(to, value, bytes);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t status = in_queue("cudaMemsetAsync", stream)) return status;
+  char* at = static_cast<char*>(to);
+  for (size_t i = 0; i < bytes; ++i) at[i] = static_cast<char>(value);
+  return result(state().handlers.written(to, bytes));
 }
-cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, value, bytes); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  return copy(to, from, bytes);
+                            cudaStream_t stream) {
+  return copy("cudaMemcpyAsync", to, from, bytes, stream);
 }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  return copy(to, from, bytes);
-}
-cudaError_t cudaMalloc(void** at, size_t bytes) {
-  *at = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return result(state().handlers.allocate(*at, bytes));
-}
-cudaError_t cudaFree(void* at) {
-  const cudaError_t status = at ? result(state().handlers.allocate(at, 0)) : cudaSuccess;
-  std::free(at);
-  return status;
-}
-cudaError_t cudaMallocAsync(void** at, size_t bytes, cudaStream_t) { return cudaMalloc(at, bytes); }
-cudaError_t cudaFreeAsync(void* at, cudaStream_t) { return cudaFree(at); }
 cudaError_t cudaGetSymbolAddress(void** at, const void* symbol) {
+  if (const cudaError_t status = on_device("cudaGetSymbolAddress", current_device)) return status;
   const auto found = state().variables.find(symbol);
   if (found == state().variables.end()) return result(cudaErrorInvalidSymbol);
   *at = state().handlers.variable(found->second.module, found->second.name.c_str());
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes,
-                                    size_t offset, cudaMemcpyKind, cudaStream_t) {
+                                    size_t offset, cudaMemcpyKind, cudaStream_t stream) {
   void* at = nullptr;
-  const cudaError_t status = cudaGetSymbolAddress(&at, symbol);
-  return status == cudaSuccess ? copy(static_cast<char*>(at) + offset, from, bytes) : status;
+  if (const cudaError_t status = cudaGetSymbolAddress(&at, symbol)) return status;
+  return copy("cudaMemcpyToSymbolAsync", static_cast<char*>(at) + offset, from, bytes, stream);
 }
-cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
-                               cudaMemcpyKind kind) {
-  return cudaMemcpyToSymbolAsync(symbol, from, bytes, offset, kind, nullptr);
-}
+
+// What an op never does: it would hold up the host, and could not be captured in a graph ----------
+
+#define T2P_REFUSED(name, ...) \
+  cudaError_t name(__VA_ARGS__) { return refuse(#name); }
+
+T2P_REFUSED(cudaDeviceSynchronize)
+T2P_REFUSED(cudaStreamSynchronize, cudaStream_t)
+T2P_REFUSED(cudaStreamQuery, cudaStream_t)
+T2P_REFUSED(cudaEventSynchronize, cudaEvent_t)
+T2P_REFUSED(cudaEventQuery, cudaEvent_t)
+T2P_REFUSED(cudaDeviceReset)
+T2P_REFUSED(cudaMalloc, void**, size_t)
+T2P_REFUSED(cudaMallocAsync, void**, size_t, cudaStream_t)
+T2P_REFUSED(cudaMallocHost, void**, size_t)
+T2P_REFUSED(cudaMallocManaged, void**, size_t, unsigned)
+T2P_REFUSED(cudaHostAlloc, void**, size_t, unsigned)
+T2P_REFUSED(cudaFree, void*)
+T2P_REFUSED(cudaFreeAsync, void*, cudaStream_t)
+T2P_REFUSED(cudaFreeHost, void*)
+T2P_REFUSED(cudaMemset, void*, int, size_t)
+T2P_REFUSED(cudaMemcpy, void*, const void*, size_t, cudaMemcpyKind)
+T2P_REFUSED(cudaMemcpyToSymbol, const void*, const void*, size_t, size_t, cudaMemcpyKind)
+T2P_REFUSED(cudaMemcpyFromSymbol, void*, const void*, size_t, size_t, cudaMemcpyKind)
+
+#undef T2P_REFUSED
 
 #pragma GCC visibility pop
 }

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: ops in a stream of their own and in a CUDA graph, which is replayed on other inputs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2p_fast.ops import (
+    group_norm_silu,
+    masked_sample,
+    mrf_mean_field,
+    scheduler_step,
+    vq_nearest,
+)
+
+Case = tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _nearest(seed: int, d: int) -> Case:
+    inputs = _normal(300, d, seed=seed), _normal(500, d, seed=seed + 1)
+    return inputs, lambda x, codes: vq_nearest(x, codes, return_distance=True)
+
+
+def _group_norm(seed: int) -> Case:
+    inputs = _normal(2, 32, 17, 19, seed=seed), _normal(32, seed=seed + 1)
+    return inputs, lambda x, weight: (group_norm_silu(x, 4, weight),)
+
+
+def _step(seed: int) -> Case:
+    inputs = *(_normal(2, 4, 16, 16, seed=seed + i) for i in range(3)), _normal(5, 16, seed=9)
+
+    def call(x: Tensor, output: Tensor, other: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        return scheduler_step(
+            x, output, coefficients, 2, uncond_output=other, guidance_scale=3.0, seed=7
+        )
+
+    return inputs, call
+
+
+def _sample(seed: int) -> Case:
+    hidden = torch.where(_normal(2, 40, seed=seed + 1) < 0, 99, 3)
+    inputs = _normal(2, 40, 100, seed=seed), hidden, torch.tensor([5, 9])
+
+    def call(logits: Tensor, tokens: Tensor, count: Tensor) -> tuple[Tensor, ...]:
+        return tuple(masked_sample(logits, tokens, mask_token=99, mask_count=count, seed=7))
+
+    return inputs, call
+
+
+def _mean_field(seed: int) -> Case:
+    inputs = _normal(2, 24, 30, seed=seed), _normal(24, 24, seed=3), _normal(30, 30, seed=4)
+    return inputs, lambda *tensors: (mrf_mean_field(*tensors, iterations=3),)
+
+
+CASES: dict[str, Callable[[int], Case]] = {
+    "vq_nearest, few channels": lambda seed: _nearest(seed, 8),
+    "vq_nearest, tensor cores": lambda seed: _nearest(seed, 48),
+    "group_norm_silu": _group_norm,
+    "scheduler_step": _step,
+    "masked_sample": _sample,
+    "mrf_mean_field": _mean_field,
+}
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("streams and graphs are a GPU's: --device cuda")
+    return device
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_a_stream_of_its_own(name: str, cuda: torch.device) -> None:
+    inputs, call = CASES[name](0)
+    truth = call(*(x.to(cuda) for x in inputs))
+    stream = torch.cuda.Stream(cuda)
+    stream.wait_stream(torch.cuda.current_stream(cuda))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # whatever is not in this stream comes too early
+        found = call(*(x.to(cuda, non_blocking=True) for x in inputs))
+    torch.cuda.current_stream(cuda).wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graph_replayed_on_other_inputs(name: str, cuda: torch.device) -> None:
+    inputs, call = CASES[name](0)
+    places = [x.to(cuda) for x in inputs]
+    stream = torch.cuda.Stream(cuda)
+    stream.wait_stream(torch.cuda.current_stream(cuda))
+    with torch.cuda.stream(stream):
+        call(*places)  # what is set up once is not of the graph
+    torch.cuda.current_stream(cuda).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(*places)
+    for seed in (100, 200):
+        others = [x.to(cuda) for x in CASES[name](seed)[0]]
+        for place, other in zip(places, others, strict=True):
+            place.copy_(other)
+        graph.replay()
+        truth = call(*others)
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
