@@ -70,6 +70,7 @@ class Emulation:
         self.device = Device(library)
         streams = {Device.index: types.SimpleNamespace(cuda_stream=Device.stream)}
         seen: Any = types.ModuleType("torch_emulated")
+        seen.__dict__.update({n: t for n, t in vars(torch).items() if isinstance(t, torch.dtype)})
         seen.Tensor = CudaView
         seen.cuda = types.SimpleNamespace(current_stream=streams.__getitem__)
         self.module.init(seen)
