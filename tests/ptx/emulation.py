@@ -48,6 +48,7 @@ class CudaView:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.device = torch.device("cuda", Device.index)
+        self.is_cpu = False
         self._strides, self._address = tensor.stride(), tensor.data_ptr()
 
     def stride(self) -> tuple[int, ...]:
