@@ -10,7 +10,7 @@ from t2p_fast import reference
 from t2p_fast.reference.vq import _distances as distances
 
 __all__ = ["CASES", "HARD", "METRICS", "METRIC_CASES", "assert_nearest", "assert_nearest_by",
-           "case_of"]  # fmt: skip
+           "assert_same_for_any_number_of_threads", "case_of"]  # fmt: skip
 
 # Sizes about the edges of tiles (8), panels (8, 24, 48), blocks (64, 256) and vectors (16).
 CASES = [
@@ -53,6 +53,20 @@ def assert_nearest_by(
     error = x.shape[1] * 2.0**-50 * scale
     assert ((chosen - best).abs() <= error).all()
     assert ((distance - best).abs() <= 2.0**-23 * best.abs() + error + 1e-44).all()
+
+
+def assert_same_for_any_number_of_threads(call: Callable[[], tuple[Tensor, ...]]) -> None:
+    """The same bits from one thread, two, and more than there are cores."""
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            runs.append(call())
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 # By how they go on CUDA: rows in registers, tensor cores, neither.

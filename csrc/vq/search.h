@@ -52,6 +52,9 @@ struct CoarseCodebook {
   float largest_rounding = 0;  // of all |c - its value in integers|^2
 };
 
+// |a - b| in float32, a sum of d squares in an order of its own.
+float distance(const float* a, const float* b, std::int64_t d);
+
 // Many codes that lie close together, apart from the others: a bound that is about the whole
 // codebook cannot choose between them. The others, and the crowd's first code in its place, are a
 // codebook that can be searched, and so is the crowd alone.

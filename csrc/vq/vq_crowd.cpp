@@ -16,6 +16,8 @@ namespace {
 // A look at so many codes tells whether there may be a crowd; it is one if it has at least this
 // part of the codebook.
 constexpr std::int64_t kSamples = 128, kLeastCodes = kSamples, kLeastPart = 32;
+// In a gap there is no more than this part.
+constexpr std::int64_t kMostInGap = 256;
 // How many samples side by side have to be near each other, and how much nearer than the codes
 // reach: less is what integers can tell apart.
 constexpr std::int64_t kWindow = 3;
@@ -23,21 +25,6 @@ constexpr float kContrast = 16;
 // Distances are counted by their exponents.
 constexpr int kExponents =
     2 - std::numeric_limits<float>::min_exponent + std::numeric_limits<float>::max_exponent;
-
-float distance(const float* a, const float* b, std::int64_t d) {
-  constexpr std::int64_t kLanes = 8;  // so that they become vectors
-  float lanes[kLanes] = {};
-  std::int64_t t = 0;
-  for (; t + kLanes <= d; t += kLanes) {
-    for (std::int64_t i = 0; i < kLanes; ++i) {
-      lanes[i] += (a[t + i] - b[t + i]) * (a[t + i] - b[t + i]);
-    }
-  }
-  for (; t < d; ++t) lanes[0] += (a[t] - b[t]) * (a[t] - b[t]);
-  float sum = 0;
-  for (const float lane : lanes) sum += lane;
-  return std::sqrt(sum);
-}
 
 // Where it is crowded: the middle of the samples that are nearest to each other, or null. Sorted
 // by their first channel, the samples of a crowd stand side by side.
@@ -93,7 +80,7 @@ int find_gap(const std::array<std::int64_t, kExponents>& counts, std::int64_t k)
   for (int e = 0; e < kExponents; ++e) {
     const std::int64_t count = counts[static_cast<std::size_t>(e)];
     below += count;
-    if (count <= k / 256) continue;
+    if (count <= k / kMostInGap) continue;
     if (e - begin > widest && below_gap * kLeastPart >= k) {
       widest = e - begin;
       gap = begin;
@@ -105,6 +92,21 @@ int find_gap(const std::array<std::int64_t, kExponents>& counts, std::int64_t k)
 }
 
 }  // namespace
+
+float distance(const float* a, const float* b, std::int64_t d) {
+  constexpr std::int64_t kLanes = 8;  // so that they become vectors
+  float lanes[kLanes] = {};
+  std::int64_t t = 0;
+  for (; t + kLanes <= d; t += kLanes) {
+    for (std::int64_t i = 0; i < kLanes; ++i) {
+      lanes[i] += (a[t + i] - b[t + i]) * (a[t + i] - b[t + i]);
+    }
+  }
+  for (; t < d; ++t) lanes[0] += (a[t] - b[t]) * (a[t] - b[t]);
+  float sum = 0;
+  for (const float lane : lanes) sum += lane;
+  return std::sqrt(sum);
+}
 
 bool Crowd::find(const float* codebook, std::int64_t k, std::int64_t d, Metric metric,
                  int threads) {

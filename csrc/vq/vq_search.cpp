@@ -212,23 +212,19 @@ void search(const Rows<const float>& x, const Codes& codes, Metric metric, int t
 void find_open(const Rows<const float>& x, const float* first, float radius, int threads,
                const double* exact, bool* open) {
   const std::int64_t n = x.count(), d = x.d;
-  constexpr std::int64_t kRows = 64, kLanes = 8;
+  constexpr std::int64_t kRows = 64;
   const float slack = 1 - static_cast<float>(d + 16) * 0x1p-23f;
   parallel_for(threads, ceil_div(n, kRows), [&](std::int64_t block) {
+    thread_local Buffer<float> contiguous;
+    contiguous.reserve(d);
     for (std::int64_t r = block * kRows, end = std::min(r + kRows, n); r < end; ++r) {
       const float* row = x.row(r);
-      float lanes[kLanes] = {};
-      std::int64_t t = 0;
-      const auto add = [&](std::int64_t lane, float value) {
-        lanes[lane] += (value - first[t + lane]) * (value - first[t + lane]);
-      };
-      for (; x.channel_stride == 1 && t + kLanes <= d; t += kLanes) {
-        for (std::int64_t i = 0; i < kLanes; ++i) add(i, row[t + i]);
+      if (x.channel_stride != 1) {
+        for (std::int64_t t = 0; t < d; ++t) contiguous[t] = row[t * x.channel_stride];
+        row = contiguous.data();
       }
-      for (; t < d; ++t) add(0, row[t * x.channel_stride]);
-      float squares = 0;
-      for (const float lane : lanes) squares += lane;
-      const double away = std::isfinite(squares) ? double{slack} * std::sqrt(squares) : 0;
+      const float computed = distance(row, first, d);
+      const double away = std::isfinite(computed) ? double{slack} * computed : 0;
       const double least = away - radius, found = std::sqrt(exact[r]);
       open[r] = radius > away * 0x1p-56 && !(least > found * (1 + 0x1p-40));
     }

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from t2p_fast import reference
 from t2p_fast.ops import vq_lookup, vq_nearest, vq_quantize, vq_topk
-from vq_cases import CASES, HARD, METRICS, assert_nearest, case_of
+from vq_cases import (
+    CASES,
+    HARD,
+    METRICS,
+    assert_nearest,
+    assert_same_for_any_number_of_threads,
+    case_of,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -312,16 +319,7 @@ def test_lookup_gradient(device: torch.device) -> None:
 
 def test_same_bits_for_any_number_of_threads() -> None:
     x, codebook = case_of(3000, 500, 24)
-    before = torch.get_num_threads()
-    try:
-        runs = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            runs.append(vq_quantize(x, codebook, return_statistics=True))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert_same_for_any_number_of_threads(lambda: vq_quantize(x, codebook, return_statistics=True))
 
 
 def test_opcheck(device: torch.device, opcheck: Callable[..., object]) -> None:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t2p_fast.ops import vq_nearest, vq_pack
-from vq_cases import METRICS, assert_nearest, assert_nearest_by, case_of
+from vq_cases import (
+    METRICS,
+    assert_nearest,
+    assert_nearest_by,
+    assert_same_for_any_number_of_threads,
+    case_of,
+)
 
 SCALES = [0.3, 0.03, 1e-4, 1e-9, 1e-16, 1e-19, 1e-40, 0.0]
 
@@ -113,13 +119,4 @@ def test_codes_that_are_all_not_finite() -> None:
 
 def test_same_bits_for_any_number_of_threads() -> None:
     x, codebook = crowded(700, 900, 24, 1e-6, 0.7)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            found.append(vq_nearest(x, codebook, return_distance=True))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=0, atol=0)
+    assert_same_for_any_number_of_threads(lambda: vq_nearest(x, codebook, return_distance=True))
