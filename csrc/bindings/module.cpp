@@ -45,6 +45,7 @@ py::dict build_info() {
     isa_built.append("avx512");
     isa_built.append("avx512_vnni");
     isa_built.append("avx512_bf16");
+    isa_built.append("amx");
   }
   py::dict info;
   info["version"] = T2P_VERSION;

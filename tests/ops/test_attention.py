@@ -14,7 +14,7 @@ from t2p_fast.ops import attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -259,7 +259,7 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...], layout: str) -> Non
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa: str, run_python: Callable[..., str]) -> None:
     program = """
 import torch, t2p_fast

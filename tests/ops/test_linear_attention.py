@@ -17,7 +17,7 @@ from t2p_fast.ops import linear_attention
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 FEATURES = ["relu", "elu+1", "identity"]
-LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 HALVES = [torch.bfloat16, torch.float16]
 
 

@@ -16,7 +16,7 @@ from t2p_fast.ops import vq_nearest, vq_quantize
 
 RunPython = Callable[..., str]
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 BEST_ISA = ISA_LEVELS.index(t2p_fast.build_info()["isa"])
 
 # Prints a digest of what the ops return: the same for every instruction set and road.
@@ -71,7 +71,7 @@ def test_vq_passes_on_every_lesser_instruction_set(isa: str, run_python: RunPyth
 
 def test_unknown_instruction_set_is_an_error(run_python: RunPython) -> None:
     error = run_python("import t2p_fast.ops", fails=True, T2P_ISA="sse9")
-    assert "T2P_ISA=sse9 is not one of scalar, avx2, avx512, avx512_vnni, avx512_bf16" in error
+    assert "T2P_ISA=sse9 is not one of scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx" in error
 
 
 def test_road_of_attributes(run_python: RunPython) -> None:

@@ -43,7 +43,9 @@ __all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 _MOST_RANK = 256  # that the kernel for label weights of low rank takes
 # Elsewhere products of bfloat16 on a CPU take several times as long as those of float32.
 _HAS_BFLOAT16: bool = getattr(
-    torch.cpu, "_is_avx512_bf16_supported", lambda: _C.build_info()["isa"] == "avx512_bf16"
+    torch.cpu,
+    "_is_avx512_bf16_supported",
+    lambda: _C.build_info()["isa"] in ("avx512_bf16", "amx"),
 )()
 
 
