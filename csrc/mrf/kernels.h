@@ -94,6 +94,40 @@ struct Kernels {
                         std::int64_t count) = nullptr;
 };
 
+// Of AMX. A tile is 16 rows; a chunk of it is 32 columns, 16 pairs of a panel, as [16, 32] words.
+constexpr std::int64_t kTileRows = 16, kChunkWords = kTileRows * 32, kPartChunks = kPairs / 16;
+
+// Sums, begun or added to, of `count` tiles of rows and `panels` panels that follow each other,
+// over the first chunks of both.
+struct TileProduct {
+  const std::uint16_t* rows;  // [count, rows_stride], of which chunks * kChunkWords are meant
+  std::int64_t rows_stride, count;
+  const std::int32_t* labels;  // [panels, kPairs, kPanelLabels]
+  const std::int32_t* next;    // the panel that will be asked for after these, or null
+  std::int64_t panels, chunks;
+  bool begin;
+  float* sums;  // [count, sums_stride], of which [panels, 2, 16, 16] are meant
+  std::int64_t sums_stride;
+};
+
+struct TileKernels {
+  // Chunks of a tile from column `first` on, with zeros where there are no more rows or columns.
+  void (*pack_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
+                    std::int64_t first, std::int64_t chunks, std::uint16_t* to);
+  void (*multiply)(const TileProduct& product);
+};
+
+namespace amx {
+extern const TileKernels kTiles;
+}
+
+// Where the instruction set has none, null.
+const TileKernels* tile_kernels();
+
+// label_product_cpu by them.
+void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
+                            std::int64_t v, int threads, float* message);
+
 // log(a) of mrf.cpp.
 float log_of(float a);
 

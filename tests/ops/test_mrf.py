@@ -199,6 +199,34 @@ def test_label_product_by_halves(r: int, threads: int) -> None:
     assert message.isnan().any(1).tolist() == [i == 1 for i in range(r)]
 
 
+@pytest.mark.parametrize("v", [466, 500, 511, 512, 1001, 1024])
+def test_label_product(v: int) -> None:
+    """Any number of rows and labels, to the accuracy of sums in float32; threads change no bit."""
+    if not _C.mrf_packed_size(v):
+        pytest.skip("this processor has no product for packed labels")
+    w_c = _random(v, v, seed=2).bfloat16()
+    packed = mrf_pack(w_c)
+    for r in (*range(1, 37), 47, 48, 49, 63, 64, 65, 70):
+        rows = _random(r, v, seed=r).bfloat16()
+        results = []
+        for threads in (1, 2, 3):
+            message = torch.full((r, v), math.nan)
+            _C.mrf_label_product(rows, packed, message, threads)
+            results.append(message)
+        truth = rows.double() @ w_c.double().T
+        halves = v % 1024 == 0 and r >= 32 and _C.build_info()["isa"] != "amx"
+        error = float((results[0] - truth).abs().max()) / v**0.5
+        assert error < (2e-2 if halves else 2e-6), (v, r)
+        assert all(torch.equal(results[0], other) for other in results[1:]), (v, r)
+
+
+def test_label_product_has_no_rows() -> None:
+    if not _C.mrf_packed_size(512):
+        pytest.skip("this processor has no product for packed labels")
+    rows = torch.empty(0, 512, dtype=torch.bfloat16)
+    _C.mrf_label_product(rows, mrf_pack(torch.zeros(512, 512).bfloat16()), rows.float(), 2)
+
+
 def test_of_equals_the_likeliest_is_the_first() -> None:
     w_c = LowRank(torch.zeros(70, 2), torch.zeros(70, 2))
     f = torch.full((1, 3, 70), -1.0)

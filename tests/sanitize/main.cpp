@@ -377,6 +377,7 @@ int main() {
     mrf(5, 259, temperature);
   }
   label_product(13, 1023);
+  label_product(49, 500);
   for (std::int64_t rows : {5, 35, 261}) label_product(rows, 1024);
   mrf_window(1, 1, 1, 3, 3);
   mrf_window(5, 7, 65, 5, 3);

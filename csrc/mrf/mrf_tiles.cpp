@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product with dense label weights in bfloat16, by the tiles of AMX, of labels as
+// mrf_product.cpp packs them.
+#include <algorithm>
+
+#include "common/block_cache.h"
+#include "common/buffer.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "mrf/kernels.h"
+
+namespace t2p::mrf {
+namespace {
+
+constexpr std::int64_t kPartWords = kPartChunks * kChunkWords;  // of a tile
+constexpr std::int64_t kPanelWords = kPairs * kPanelLabels, kPanelSums = kTileRows * kPanelLabels;
+
+// One row of a tile's sums, of `count` labels.
+void copy_row(const float* sums, std::int64_t row, std::int64_t count, float* to) {
+  constexpr std::int64_t kSide = kTileRows;
+  for (std::int64_t label = 0; label < count; label += kSide) {
+    std::copy_n(sums + (label / kSide * kSide + row) * kSide, std::min(kSide, count - label),
+                to + label);
+  }
+}
+
+}  // namespace
+
+const TileKernels* tile_kernels() {
+#if T2P_X86
+  return chosen_isa() == Isa::kAmx ? &amx::kTiles : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
+                            std::int64_t v, int threads, float* message) {
+  const TileKernels& kernels = *tile_kernels();
+  const std::int64_t tiles = ceil_div(r, kTileRows), panels = ceil_div(v, kPanelLabels);
+  const std::int64_t parts = ceil_div(ceil_div(v, 2), kPairs);
+  const auto chunks_of = [&](std::int64_t part) {
+    return std::min(kPartChunks, ceil_div(v, 32) - part * kPartChunks);
+  };
+  const CachedArray<std::uint16_t> tiled(parts * tiles * kPartWords);
+  parallel_for(threads, parts * tiles, [&](std::int64_t task) {
+    const std::int64_t part = task / tiles, row = task % tiles * kTileRows;
+    kernels.pack_rows(rows + row * v, std::min(kTileRows, r - row), v, part * 2 * kPairs,
+                      chunks_of(part), tiled.data() + task * kPartWords);
+  });
+  // A task's sums and a part of its rows fit into the second cache.
+  constexpr std::int64_t kMostTiles = 32, kMostPanels = 8;
+  const std::int64_t groups = ceil_div(tiles, kMostTiles);
+  const std::int64_t width =
+      std::clamp<std::int64_t>(panels * groups / (2 * std::int64_t{threads}), 1, kMostPanels);
+  const std::int64_t blocks = ceil_div(panels, width);
+  parallel_for(threads, groups * blocks, [&](std::int64_t task) {
+    const std::int64_t first = task / blocks * kMostTiles,
+                       last = std::min(first + kMostTiles, tiles);
+    const std::int64_t begin = task % blocks * width, end = std::min(begin + width, panels);
+    const std::int64_t stride = (end - begin) * kPanelSums;
+    thread_local Buffer<float> sums;
+    sums.reserve((last - first) * stride);
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int32_t* labels = packed + (part * panels + begin) * kPanelWords;
+      kernels.multiply({.rows = tiled.data() + (part * tiles + first) * kPartWords,
+                        .rows_stride = kPartWords,
+                        .count = last - first,
+                        .labels = labels,
+                        .next = part + 1 < parts ? labels + panels * kPanelWords : nullptr,
+                        .panels = end - begin,
+                        .chunks = chunks_of(part),
+                        .begin = part == 0,
+                        .sums = sums.data(),
+                        .sums_stride = stride});
+    }
+    const std::int64_t label = begin * kPanelLabels;
+    const std::int64_t count = std::min((end - begin) * kPanelLabels, v - label);
+    for (std::int64_t row = first * kTileRows; row < std::min(last * kTileRows, r); ++row) {
+      copy_row(sums.data() + (row / kTileRows - first) * stride, row % kTileRows, count,
+               message + row * v + label);
+    }
+  });
+}
+
+}  // namespace t2p::mrf
