@@ -95,15 +95,15 @@ struct Kernels {
 };
 
 // Of AMX. A tile is 16 rows; a chunk of it is 32 columns, 16 pairs of a panel, as [16, 32] words.
-constexpr std::int64_t kTileRows = 16, kChunkWords = kTileRows * 32, kPartChunks = kPairs / 16;
+constexpr std::int64_t kTileRows = 16, kChunkWords = kTileRows * 32, kStepChunks = 8;
 
 // Sums, begun or added to, of `count` tiles of rows and `panels` panels that follow each other,
-// over the first chunks of both.
+// over some chunks of both.
 struct TileProduct {
   const std::uint16_t* rows;  // [count, rows_stride], of which chunks * kChunkWords are meant
   std::int64_t rows_stride, count;
-  const std::int32_t* labels;  // [panels, kPairs, kPanelLabels]
-  const std::int32_t* next;    // the panel that will be asked for after these, or null
+  const std::int32_t* labels;  // [panels, kPairs, kPanelLabels], of each the first chunks
+  const std::int32_t* next;    // what will be taken after these, or null
   std::int64_t panels, chunks;
   bool begin;
   float* sums;  // [count, sums_stride], of which [panels, 2, 16, 16] are meant

@@ -12,8 +12,16 @@
 namespace t2p::mrf {
 namespace {
 
-constexpr std::int64_t kPartWords = kPartChunks * kChunkWords;  // of a tile
+constexpr std::int64_t kStepWords = kStepChunks * kChunkWords;  // of a tile
+constexpr std::int64_t kStepColumns = kStepWords / kTileRows;
 constexpr std::int64_t kPanelWords = kPairs * kPanelLabels, kPanelSums = kTileRows * kPanelLabels;
+
+// The labels of a step in panel `number`.
+const std::int32_t* labels_of(const std::int32_t* packed, std::int64_t panels, std::int64_t step,
+                              std::int64_t number) {
+  const std::int64_t pairs = step * kStepColumns / 2, part = pairs / kPairs;
+  return packed + (part * panels + number) * kPanelWords + pairs % kPairs * kPanelLabels;
+}
 
 // One row of a tile's sums, of `count` labels.
 void copy_row(const float* sums, std::int64_t row, std::int64_t count, float* to) {
@@ -38,18 +46,18 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
                             std::int64_t v, int threads, float* message) {
   const TileKernels& kernels = *tile_kernels();
   const std::int64_t tiles = ceil_div(r, kTileRows), panels = ceil_div(v, kPanelLabels);
-  const std::int64_t parts = ceil_div(ceil_div(v, 2), kPairs);
-  const auto chunks_of = [&](std::int64_t part) {
-    return std::min(kPartChunks, ceil_div(v, 32) - part * kPartChunks);
+  const std::int64_t steps = ceil_div(v, kStepColumns);
+  const auto chunks_of = [&](std::int64_t step) {
+    return std::min(kStepChunks, ceil_div((v - step * kStepColumns) * kTileRows, kChunkWords));
   };
-  const CachedArray<std::uint16_t> tiled(parts * tiles * kPartWords);
-  parallel_for(threads, parts * tiles, [&](std::int64_t task) {
-    const std::int64_t part = task / tiles, row = task % tiles * kTileRows;
-    kernels.pack_rows(rows + row * v, std::min(kTileRows, r - row), v, part * 2 * kPairs,
-                      chunks_of(part), tiled.data() + task * kPartWords);
+  const CachedArray<std::uint16_t> tiled(steps * tiles * kStepWords);
+  parallel_for(threads, steps * tiles, [&](std::int64_t task) {
+    const std::int64_t step = task / tiles, row = task % tiles * kTileRows;
+    kernels.pack_rows(rows + row * v, std::min(kTileRows, r - row), v, step * kStepColumns,
+                      chunks_of(step), tiled.data() + task * kStepWords);
   });
   // A task's sums and a part of its rows fit into the second cache.
-  constexpr std::int64_t kMostTiles = 32, kMostPanels = 8;
+  constexpr std::int64_t kMostTiles = 32, kMostPanels = 16;
   const std::int64_t groups = ceil_div(tiles, kMostTiles);
   const std::int64_t width =
       std::clamp<std::int64_t>(panels * groups / (2 * std::int64_t{threads}), 1, kMostPanels);
@@ -61,18 +69,18 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
     const std::int64_t stride = (end - begin) * kPanelSums;
     thread_local Buffer<float> sums;
     sums.reserve((last - first) * stride);
-    for (std::int64_t part = 0; part < parts; ++part) {
-      const std::int32_t* labels = packed + (part * panels + begin) * kPanelWords;
-      kernels.multiply({.rows = tiled.data() + (part * tiles + first) * kPartWords,
-                        .rows_stride = kPartWords,
-                        .count = last - first,
-                        .labels = labels,
-                        .next = part + 1 < parts ? labels + panels * kPanelWords : nullptr,
-                        .panels = end - begin,
-                        .chunks = chunks_of(part),
-                        .begin = part == 0,
-                        .sums = sums.data(),
-                        .sums_stride = stride});
+    for (std::int64_t step = 0; step < steps; ++step) {
+      kernels.multiply(
+          {.rows = tiled.data() + (step * tiles + first) * kStepWords,
+           .rows_stride = kStepWords,
+           .count = last - first,
+           .labels = labels_of(packed, panels, step, begin),
+           .next = step + 1 < steps ? labels_of(packed, panels, step + 1, begin) : nullptr,
+           .panels = end - begin,
+           .chunks = chunks_of(step),
+           .begin = step == 0,
+           .sums = sums.data(),
+           .sums_stride = stride});
     }
     const std::int64_t label = begin * kPanelLabels;
     const std::int64_t count = std::min((end - begin) * kPanelLabels, v - label);
