@@ -115,6 +115,10 @@ struct TileKernels {
   void (*pack_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
                     std::int64_t first, std::int64_t chunks, std::uint16_t* to);
   void (*multiply)(const TileProduct& product);
+  // `count` rows in the place of the pairs of a panel, for its labels from `label` on, with zeros
+  // behind them up to a whole chunk.
+  void (*pair_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
+                    std::int64_t label, std::int32_t* to);
 };
 
 namespace amx {

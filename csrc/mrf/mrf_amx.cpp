@@ -5,8 +5,8 @@
 // are copied into tiles that lie side by side, because 16 rows of thousands of labels share a few
 // places of the nearest cache. Two tiles of rows and two of labels give four tiles of sums: four
 // loads for four products. The second cache keeps up with the half of them that are rows; labels
-// are taken kStepChunks at a time so that they stay in the nearest one (with twice as many, a third
-// of the speed is left).
+// are taken kStepChunks at a time so that they stay in the nearest one.
+#include "common/pairs-inl.h"
 #include "common/tiles.h"
 #include "mrf/kernels.h"
 
@@ -110,8 +110,20 @@ void multiply(const TileProduct& product) {
   }
 }
 
+void pair_rows(const std::uint16_t* rows, std::int64_t count, std::int64_t v, std::int64_t label,
+               std::int32_t* to) {
+  const std::int64_t labels = v - label < kPanelLabels ? v - label : kPanelLabels;
+  const std::uint16_t nothing[kPanelLabels] = {};
+  for (std::int64_t i = 0; i < count || i % kTileWords != 0; i += 2, to += kPanelLabels) {
+    const std::uint16_t* a = i < count ? rows + i * v + label : nothing;
+    const std::uint16_t* b = i + 1 < count ? rows + (i + 1) * v + label : nothing;
+    if (labels < kPanelLabels) __builtin_memset(to, 0, kPanelLabels * sizeof(*to));
+    simd::amx::pair_rows<false>(a, b, labels, to);
+  }
+}
+
 }  // namespace
 
-const TileKernels kTiles{.pack_rows = pack_rows, .multiply = multiply};
+const TileKernels kTiles{.pack_rows = pack_rows, .multiply = multiply, .pair_rows = pair_rows};
 
 }  // namespace t2p::mrf::amx

@@ -25,11 +25,27 @@ const std::int32_t* labels_of(const std::int32_t* packed, std::int64_t panels, s
 
 // One row of a tile's sums, of `count` labels.
 void copy_row(const float* sums, std::int64_t row, std::int64_t count, float* to) {
-  constexpr std::int64_t kSide = kTileRows;
-  for (std::int64_t label = 0; label < count; label += kSide) {
-    std::copy_n(sums + (label / kSide * kSide + row) * kSide, std::min(kSide, count - label),
-                to + label);
-  }
+  constexpr std::int64_t kSide = kTileRows, kSquare = kSide * kSide;
+  const float* from = sums + row * kSide;
+  for (; count >= kSide; count -= kSide, from += kSquare, to += kSide) std::copy_n(from, kSide, to);
+  std::copy_n(from, count, to);
+}
+
+// Chunks of a step of a product over `columns`.
+std::int64_t chunks_of(std::int64_t step, std::int64_t columns) {
+  constexpr std::int64_t kChunkColumns = kChunkWords / kTileRows;
+  return std::min(kStepChunks, ceil_div(columns - step * kStepColumns, kChunkColumns));
+}
+
+// Rows of v columns as [step, tile, kStepWords].
+void tile_rows(const TileKernels& kernels, const std::uint16_t* rows, std::int64_t r,
+               std::int64_t v, int threads, std::uint16_t* to) {
+  const std::int64_t tiles = ceil_div(r, kTileRows);
+  parallel_for(threads, ceil_div(v, kStepColumns) * tiles, [&](std::int64_t task) {
+    const std::int64_t step = task / tiles, row = task % tiles * kTileRows;
+    kernels.pack_rows(rows + row * v, std::min(kTileRows, r - row), v, step * kStepColumns,
+                      chunks_of(step, v), to + task * kStepWords);
+  });
 }
 
 }  // namespace
@@ -47,15 +63,8 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
   const TileKernels& kernels = *tile_kernels();
   const std::int64_t tiles = ceil_div(r, kTileRows), panels = ceil_div(v, kPanelLabels);
   const std::int64_t steps = ceil_div(v, kStepColumns);
-  const auto chunks_of = [&](std::int64_t step) {
-    return std::min(kStepChunks, ceil_div((v - step * kStepColumns) * kTileRows, kChunkWords));
-  };
   const CachedArray<std::uint16_t> tiled(steps * tiles * kStepWords);
-  parallel_for(threads, steps * tiles, [&](std::int64_t task) {
-    const std::int64_t step = task / tiles, row = task % tiles * kTileRows;
-    kernels.pack_rows(rows + row * v, std::min(kTileRows, r - row), v, step * kStepColumns,
-                      chunks_of(step), tiled.data() + task * kStepWords);
-  });
+  tile_rows(kernels, rows, r, v, threads, tiled.data());
   // A task's sums and a part of its rows fit into the second cache.
   constexpr std::int64_t kMostTiles = 32, kMostPanels = 16;
   const std::int64_t groups = ceil_div(tiles, kMostTiles);
@@ -77,7 +86,7 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
            .labels = labels_of(packed, panels, step, begin),
            .next = step + 1 < steps ? labels_of(packed, panels, step + 1, begin) : nullptr,
            .panels = end - begin,
-           .chunks = chunks_of(step),
+           .chunks = chunks_of(step, v),
            .begin = step == 0,
            .sums = sums.data(),
            .sums_stride = stride});
@@ -87,6 +96,56 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
     for (std::int64_t row = first * kTileRows; row < std::min(last * kTileRows, r); ++row) {
       copy_row(sums.data() + (row / kTileRows - first) * stride, row % kTileRows, count,
                message + row * v + label);
+    }
+  });
+}
+
+bool has_mix() { return tile_kernels() != nullptr; }
+
+void mix_cpu(const Mix& mix, int threads, std::uint16_t* to) {
+  constexpr std::int64_t kPanels = 4;  // of a task, so that it takes some lines of a row at once
+  constexpr std::int64_t kLabels = kPanels * kPanelLabels;
+  const TileKernels& kernels = *tile_kernels();
+  const auto put_row = T2P_DISPATCH_BF16(kKernels).put_row;
+  const std::int64_t tiles = ceil_div(mix.r, kTileRows), steps = ceil_div(mix.r, kStepColumns);
+  const CachedArray<std::uint16_t> weights(steps * tiles * kStepWords);
+  tile_rows(kernels, mix.weights, mix.r, mix.r, threads, weights.data());
+  parallel_for(threads, ceil_div(mix.v, kLabels), [&](std::int64_t task) {
+    const std::int64_t label = task * kLabels, count = std::min(kLabels, mix.v - label);
+    const std::int64_t panels = ceil_div(count, kPanelLabels);
+    thread_local Buffer<std::int32_t> pairs(kPanels * kPanelWords);
+    thread_local Buffer<float> sums;
+    thread_local Buffer<std::int64_t> known;
+    sums.reserve(tiles * kPanels * kPanelSums);
+    known.reserve(mix.k);
+    for (std::int64_t step = 0; step < steps; ++step) {
+      const std::int64_t row = step * kStepColumns;
+      for (std::int64_t panel = 0; panel < panels; ++panel) {
+        kernels.pair_rows(mix.q + row * mix.v, std::min(kStepColumns, mix.r - row), mix.v,
+                          label + panel * kPanelLabels, pairs.data() + panel * kPanelWords);
+      }
+      kernels.multiply({.rows = weights.data() + step * tiles * kStepWords,
+                        .rows_stride = kStepWords,
+                        .count = tiles,
+                        .labels = pairs.data(),
+                        .next = nullptr,
+                        .panels = panels,
+                        .chunks = chunks_of(step, mix.r),
+                        .begin = step == 0,
+                        .sums = sums.data(),
+                        .sums_stride = kPanels * kPanelSums});
+    }
+    std::int64_t here = 0;
+    for (std::int64_t j = 0; j < mix.k; ++j) {
+      if (mix.labels[j] >= label && mix.labels[j] < label + count) known[here++] = j;
+    }
+    for (std::int64_t row = 0; row < mix.r; ++row) {
+      float heard[kLabels];
+      copy_row(sums.data() + row / kTileRows * kPanels * kPanelSums, row % kTileRows, count, heard);
+      for (std::int64_t i = 0; i < here; ++i) {
+        heard[mix.labels[known[i]] - label] += mix.others[row * mix.k + known[i]];
+      }
+      put_row(heard, count, {to + row * mix.v + label, Format::kBf16});
     }
   });
 }
