@@ -119,6 +119,8 @@ struct TileKernels {
   // behind them up to a whole chunk.
   void (*pair_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
                     std::int64_t label, std::int32_t* to);
+  // `count` labels of a tile's row of sums, which begins at `sums`, rounded to bfloat16.
+  void (*round_row)(const float* sums, std::int64_t count, std::uint16_t* to);
 };
 
 namespace amx {

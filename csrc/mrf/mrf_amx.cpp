@@ -122,8 +122,20 @@ void pair_rows(const std::uint16_t* rows, std::int64_t count, std::int64_t v, st
   }
 }
 
+void round_row(const float* sums, std::int64_t count, std::uint16_t* to) {
+  using namespace simd::amx;
+  for (; count >= kTileRows; count -= kTileRows, sums += kTileSums, to += kTileRows) {
+    store_bf16(to, load(sums));
+  }
+  if (count == 0) return;
+  std::uint16_t rest[kTileRows];
+  store_bf16(rest, load(sums));
+  for (std::int64_t i = 0; i < count; ++i) to[i] = rest[i];
+}
+
 }  // namespace
 
-const TileKernels kTiles{.pack_rows = pack_rows, .multiply = multiply, .pair_rows = pair_rows};
+const TileKernels kTiles{
+    .pack_rows = pack_rows, .multiply = multiply, .pair_rows = pair_rows, .round_row = round_row};
 
 }  // namespace t2p::mrf::amx

@@ -15,6 +15,7 @@ namespace {
 constexpr std::int64_t kStepWords = kStepChunks * kChunkWords;  // of a tile
 constexpr std::int64_t kStepColumns = kStepWords / kTileRows;
 constexpr std::int64_t kPanelWords = kPairs * kPanelLabels, kPanelSums = kTileRows * kPanelLabels;
+constexpr std::int64_t kSquare = kTileRows * kTileRows;  // sums of a tile
 
 // The labels of a step in panel `number`.
 const std::int32_t* labels_of(const std::int32_t* packed, std::int64_t panels, std::int64_t step,
@@ -25,7 +26,7 @@ const std::int32_t* labels_of(const std::int32_t* packed, std::int64_t panels, s
 
 // One row of a tile's sums, of `count` labels.
 void copy_row(const float* sums, std::int64_t row, std::int64_t count, float* to) {
-  constexpr std::int64_t kSide = kTileRows, kSquare = kSide * kSide;
+  constexpr std::int64_t kSide = kTileRows;
   const float* from = sums + row * kSide;
   for (; count >= kSide; count -= kSide, from += kSquare, to += kSide) std::copy_n(from, kSide, to);
   std::copy_n(from, count, to);
@@ -106,7 +107,6 @@ void mix_cpu(const Mix& mix, int threads, std::uint16_t* to) {
   constexpr std::int64_t kPanels = 4;  // of a task, so that it takes some lines of a row at once
   constexpr std::int64_t kLabels = kPanels * kPanelLabels;
   const TileKernels& kernels = *tile_kernels();
-  const auto put_row = T2P_DISPATCH_BF16(kKernels).put_row;
   const std::int64_t tiles = ceil_div(mix.r, kTileRows), steps = ceil_div(mix.r, kStepColumns);
   const CachedArray<std::uint16_t> weights(steps * tiles * kStepWords);
   tile_rows(kernels, mix.weights, mix.r, mix.r, threads, weights.data());
@@ -115,9 +115,10 @@ void mix_cpu(const Mix& mix, int threads, std::uint16_t* to) {
     const std::int64_t panels = ceil_div(count, kPanelLabels);
     thread_local Buffer<std::int32_t> pairs(kPanels * kPanelWords);
     thread_local Buffer<float> sums;
-    thread_local Buffer<std::int64_t> known;
     sums.reserve(tiles * kPanels * kPanelSums);
-    known.reserve(mix.k);
+    const auto row_of = [&](std::int64_t row) {
+      return &sums[row / kTileRows * kPanels * kPanelSums + row % kTileRows * kTileRows];
+    };
     for (std::int64_t step = 0; step < steps; ++step) {
       const std::int64_t row = step * kStepColumns;
       for (std::int64_t panel = 0; panel < panels; ++panel) {
@@ -135,17 +136,16 @@ void mix_cpu(const Mix& mix, int threads, std::uint16_t* to) {
                         .sums = sums.data(),
                         .sums_stride = kPanels * kPanelSums});
     }
-    std::int64_t here = 0;
     for (std::int64_t j = 0; j < mix.k; ++j) {
-      if (mix.labels[j] >= label && mix.labels[j] < label + count) known[here++] = j;
+      const std::int64_t here = mix.labels[j] - label;
+      if (here < 0 || here >= count) continue;
+      const float* other = mix.others + j;
+      for (std::int64_t row = 0; row < mix.r; ++row) {
+        row_of(row)[here / kTileRows * kSquare + here % kTileRows] += other[row * mix.k];
+      }
     }
     for (std::int64_t row = 0; row < mix.r; ++row) {
-      float heard[kLabels];
-      copy_row(sums.data() + row / kTileRows * kPanels * kPanelSums, row % kTileRows, count, heard);
-      for (std::int64_t i = 0; i < here; ++i) {
-        heard[mix.labels[known[i]] - label] += mix.others[row * mix.k + known[i]];
-      }
-      put_row(heard, count, {to + row * mix.v + label, Format::kBf16});
+      kernels.round_row(row_of(row), count, to + row * mix.v + label);
     }
   });
 }
