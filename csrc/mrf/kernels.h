@@ -100,14 +100,24 @@ constexpr std::int64_t kTileRows = 16, kChunkWords = kTileRows * 32, kStepChunks
 // Sums, begun or added to, of `count` tiles of rows and `panels` panels that follow each other,
 // over some chunks of both.
 struct TileProduct {
-  const std::uint16_t* rows;  // [count, rows_stride], of which chunks * kChunkWords are meant
-  std::int64_t rows_stride, count;
-  const std::int32_t* labels;  // [panels, kPairs, kPanelLabels], of each the first chunks
-  const std::int32_t* next;    // what will be taken after these, or null
-  std::int64_t panels, chunks;
-  bool begin;
-  float* sums;  // [count, sums_stride], of which [panels, 2, 16, 16] are meant
-  std::int64_t sums_stride;
+  const std::uint16_t* rows = nullptr;  // [count, rows_stride], of each the first chunks
+  std::int64_t rows_stride = 0, count = 0;
+  const std::int32_t* labels = nullptr;  // [panels, kPairs, kPanelLabels], as well
+  std::int64_t panels = 0, chunks = 0;
+  const std::uint16_t* next_rows = nullptr;  // what will be taken after these, or null
+  const std::int32_t* next_labels = nullptr;
+  bool begin = false;
+  float* sums = nullptr;  // [count, sums_stride], of which [panels, 2, 16, 16] are meant
+  std::int64_t sums_stride = 0;
+  // Where sums of pairs of tiles go in the end, if all their rows and labels are meant; or null.
+  float* message = nullptr;  // [message_rows, message_stride], of which message_labels are meant
+  std::int64_t message_stride = 0, message_rows = 0, message_labels = 0;
+
+  T2P_INLINE bool goes_to_message(std::int64_t tile, std::int64_t panel) const {
+    const std::int64_t pair = tile / 2 * 2, tiles = pair + 2 < count ? pair + 2 : count;
+    return message != nullptr && tiles * kTileRows <= message_rows &&
+           (panel + 1) * kPanelLabels <= message_labels;
+  }
 };
 
 struct TileKernels {

@@ -55,24 +55,31 @@ struct Fetch {
 
 constexpr std::int64_t kTileSums = kTileRows * kTileRows, kPanelSums = 2 * kTileSums;
 
+// Where four tiles of sums lie; a row of one takes `stride` floats.
+struct Sums {
+  float* data;
+  std::int64_t stride, right, below;
+};
+
 template <bool both>
 void multiply_tiles(const std::uint16_t* rows, std::int64_t below, const std::int32_t* labels,
-                    std::int64_t chunks, bool begin, Fetch& fetch, float* sums,
-                    std::int64_t sums_below) {
-  constexpr std::int64_t kStride = kTileRows * sizeof(float);
-  if (begin) {
+                    std::int64_t chunks, Fetch& next_rows, Fetch& next_labels, const Sums* from,
+                    const Sums& to) {
+  if (from == nullptr) {
     zero_tile<0>();
     zero_tile<1>();
     zero_tile<2>();
     zero_tile<3>();
   } else {
-    load_tile<0>(sums, kStride);
-    load_tile<1>(sums + kTileSums, kStride);
-    if (both) load_tile<2>(sums + sums_below, kStride);
-    if (both) load_tile<3>(sums + sums_below + kTileSums, kStride);
+    const std::int64_t stride = from->stride * std::int64_t{sizeof(float)};
+    load_tile<0>(from->data, stride);
+    load_tile<1>(from->data + from->right, stride);
+    if (both) load_tile<2>(from->data + from->below, stride);
+    if (both) load_tile<3>(from->data + from->below + from->right, stride);
   }
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-    fetch.step();
+    next_rows.step();
+    next_labels.step();
     load_tile<6>(labels, kPanelLabels * sizeof(*labels));
     load_tile<7>(labels + kTileRows, kPanelLabels * sizeof(*labels));
     load_tile<4>(rows, kTileBytes);
@@ -84,28 +91,37 @@ void multiply_tiles(const std::uint16_t* rows, std::int64_t below, const std::in
     rows += kTileRows * kTileWords;
     labels += kTileRows * kPanelLabels;
   }
-  store_tile<0>(sums, kStride);
-  store_tile<1>(sums + kTileSums, kStride);
-  if (both) store_tile<2>(sums + sums_below, kStride);
-  if (both) store_tile<3>(sums + sums_below + kTileSums, kStride);
+  const std::int64_t stride = to.stride * std::int64_t{sizeof(float)};
+  store_tile<0>(to.data, stride);
+  store_tile<1>(to.data + to.right, stride);
+  if (both) store_tile<2>(to.data + to.below, stride);
+  if (both) store_tile<3>(to.data + to.below + to.right, stride);
 }
 
 void multiply(const TileProduct& product) {
+  constexpr std::int64_t kPanel = kPairs * kPanelLabels;
   const TilesInUse in_use;
   const std::int64_t steps = (product.count + 1) / 2 * product.chunks;
+  const std::int64_t rows_bytes = product.count * product.rows_stride * 2;
+  const std::int64_t labels_bytes = product.chunks * kTileRows * kPanelLabels * 4;
+  Fetch next_rows(product.next_rows, rows_bytes, product.panels * steps);
   for (std::int64_t panel = 0; panel < product.panels; ++panel) {
-    constexpr std::int64_t kPanel = kPairs * kPanelLabels;
     const std::int32_t* labels = product.labels + panel * kPanel;
     const bool last = panel + 1 == product.panels;
-    Fetch fetch(last ? product.next : labels + kPanel,
-                product.chunks * kTileRows * kPanelLabels * std::int64_t{sizeof(*labels)}, steps);
+    Fetch next_labels(last ? product.next_labels : labels + kPanel, labels_bytes, steps);
     for (std::int64_t tile = 0; tile < product.count; tile += 2) {
-      const std::uint16_t* rows = product.rows + tile * product.rows_stride;
-      float* sums = product.sums + tile * product.sums_stride + panel * kPanelSums;
+      const Sums sums{product.sums + tile * product.sums_stride + panel * kPanelSums, kTileRows,
+                      kTileSums, product.sums_stride};
+      Sums to = sums;
+      if (product.goes_to_message(tile, panel)) {
+        const std::int64_t stride = product.message_stride, row = tile * kTileRows;
+        to = {product.message + row * stride + panel * kPanelLabels, stride, kTileRows,
+              kTileRows * stride};
+      }
       const auto multiply_them =
           tile + 1 < product.count ? multiply_tiles<true> : multiply_tiles<false>;
-      multiply_them(rows, product.rows_stride, labels, product.chunks, product.begin, fetch, sums,
-                    product.sums_stride);
+      multiply_them(product.rows + tile * product.rows_stride, product.rows_stride, labels,
+                    product.chunks, next_rows, next_labels, product.begin ? nullptr : &sums, to);
     }
   }
 }

@@ -79,24 +79,36 @@ void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packe
     const std::int64_t stride = (end - begin) * kPanelSums;
     thread_local Buffer<float> sums;
     sums.reserve((last - first) * stride);
+    const std::int64_t label = begin * kPanelLabels, row = first * kTileRows;
+    TileProduct product{.rows_stride = kStepWords,
+                        .count = last - first,
+                        .panels = end - begin,
+                        .sums = sums.data(),
+                        .sums_stride = stride,
+                        .message_stride = v,
+                        .message_rows = r - row,
+                        .message_labels = v - label};
+    const auto rows_of = [&](std::int64_t step) {
+      return tiled.data() + (step * tiles + first) * kStepWords;
+    };
     for (std::int64_t step = 0; step < steps; ++step) {
-      kernels.multiply(
-          {.rows = tiled.data() + (step * tiles + first) * kStepWords,
-           .rows_stride = kStepWords,
-           .count = last - first,
-           .labels = labels_of(packed, panels, step, begin),
-           .next = step + 1 < steps ? labels_of(packed, panels, step + 1, begin) : nullptr,
-           .panels = end - begin,
-           .chunks = chunks_of(step, v),
-           .begin = step == 0,
-           .sums = sums.data(),
-           .sums_stride = stride});
+      const bool ends = step + 1 == steps;
+      product.rows = rows_of(step);
+      product.labels = labels_of(packed, panels, step, begin);
+      product.next_rows = ends ? nullptr : rows_of(step + 1);
+      product.next_labels = ends ? nullptr : labels_of(packed, panels, step + 1, begin);
+      product.chunks = chunks_of(step, v);
+      product.begin = step == 0;
+      product.message = ends ? message + row * v + label : nullptr;
+      kernels.multiply(product);
     }
-    const std::int64_t label = begin * kPanelLabels;
-    const std::int64_t count = std::min((end - begin) * kPanelLabels, v - label);
-    for (std::int64_t row = first * kTileRows; row < std::min(last * kTileRows, r); ++row) {
-      copy_row(sums.data() + (row / kTileRows - first) * stride, row % kTileRows, count,
-               message + row * v + label);
+    for (std::int64_t i = 0; i < std::min((last - first) * kTileRows, r - row); ++i) {
+      for (std::int64_t panel = 0; panel < end - begin; ++panel) {
+        if (product.goes_to_message(i / kTileRows, panel)) continue;
+        const std::int64_t at = panel * kPanelLabels;
+        copy_row(sums.data() + i / kTileRows * stride + panel * kPanelSums, i % kTileRows,
+                 std::min(kPanelLabels, v - label - at), message + (row + i) * v + label + at);
+      }
     }
   });
 }
@@ -129,7 +141,6 @@ void mix_cpu(const Mix& mix, int threads, std::uint16_t* to) {
                         .rows_stride = kStepWords,
                         .count = tiles,
                         .labels = pairs.data(),
-                        .next = nullptr,
                         .panels = panels,
                         .chunks = chunks_of(step, mix.r),
                         .begin = step == 0,
