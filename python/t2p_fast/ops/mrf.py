@@ -94,7 +94,9 @@ class _Pictures:
             shape = self.b, self.n, self.v
             torch.matmul(self.w_s, q.view(shape), out=into.view(shape))
             return
-        parts = zip(self.parts, q.split(self.counts), into.split(self.counts), strict=True)
+        one = self.b == 1
+        rows, places = ([q], [into]) if one else (q.split(self.counts), into.split(self.counts))
+        parts = zip(self.parts, rows, places, strict=True)
         for (weights, others, labels), part, to in parts:
             if self.by_tiles:
                 _C.mrf_mix(weights, part, others, labels, to, threads)
@@ -354,7 +356,7 @@ def mrf_mean_field(
         candidates: if given, labels speak through the `candidates` largest entries of a row of
             ``W_s q`` alone, an approximation for large `v`. It has no gradient.
         packed: what `mrf_pack` made of this very `w_c`: faster the fewer positions are unknown, and
-            with seven eighths of the multiplications where it says so.
+            without AMX with seven eighths of the multiplications where it says so.
 
     Returns:
         ``q``, ``[b, n, v]`` probabilities in the dtype of `unary`; one-hot where known.
@@ -459,13 +461,14 @@ def mrf_pack(w_c: Tensor) -> Tensor:
     """Label weights in the form that products on a CPU want, for `mrf_mean_field(packed=...)`.
 
     It takes as long as multiplying 50 rows (1024 labels) to 140 (8192); who infers often with the
-    same weights does it once. A processor with AVX512-BF16 has a product for them; others multiply
-    float32 several times as fast as bfloat16, and there this is the weights in float32.
+    same weights does it once. A processor with AVX512-BF16 or AMX has a product for them; others
+    multiply float32 several times as fast as bfloat16, and there this is the weights in float32.
 
-    If `v` is a multiple of 1024, then from 32 unknown positions on the product is made by halves:
-    seven products of quarters and of their sums instead of eight (Strassen 1969). The sums are
-    rounded to bfloat16 as the weights are, after rows and labels were scaled by powers of two
-    (Ballard et al. 2016, section 5); messages are then off by about half as much again as without.
+    Without AMX, if `v` is a multiple of 1024, then from 32 unknown positions on the product is made
+    by halves: seven products of quarters and of their sums instead of eight (Strassen 1969). The
+    sums are rounded to bfloat16 as the weights are, after rows and labels were scaled by powers of
+    two (Ballard et al. 2016, section 5); messages are then off by about half as much again as
+    without.
 
     Args:
         w_c: ``[v, v]`` bfloat16, on the CPU. If it changes, pack it again.
