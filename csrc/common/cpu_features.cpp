@@ -71,8 +71,8 @@ Isa detect() { return Isa::kScalar; }
 Isa choose() {
   const char* wanted = std::getenv("T2P_ISA");
   if (wanted == nullptr || *wanted == '\0') return best_isa();
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16,
-                  Isa::kAmx}) {
+  for (Isa isa :
+       {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (std::string_view(wanted) != isa_name(isa)) continue;
     T2P_CHECK(isa <= best_isa(), "T2P_ISA=", wanted, " but this machine supports at most ",
               isa_name(best_isa()));
