@@ -12,6 +12,8 @@
 namespace t2p::attention::T2P_ISA_NAMESPACE {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
 // Scores become exponents of 2: multiplied by scale / ln 2 when weighed, or earlier if there is a
 // bias. A negative scale turns the signs of the queries round, for the largest score to stay it.
 class Pairs {
@@ -86,7 +88,6 @@ class Pairs {
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
   static const std::uint16_t* at(const Rows& rows, std::int64_t batch, std::int64_t head,
                                  std::int64_t row) {
     return static_cast<const std::uint16_t*>(rows.data) + place(rows, batch, head, row);
