@@ -47,25 +47,27 @@ const std::uint16_t* words_at(const Rows& rows, std::int64_t batch, std::int64_t
   return static_cast<const std::uint16_t*>(rows.data) + place(rows, batch, head, row);
 }
 
-// A row of bfloat16 with zeros behind it; whether all of it is finite.
-bool copy_row(const std::uint16_t* from, std::int64_t count, std::int64_t width,
-              std::uint16_t* to) {
-  std::uint32_t largest = 0;
-  for (std::int64_t c = 0; c < count; ++c) {
-    const std::uint32_t magnitude = from[c] & 0x7fffu;
-    largest = magnitude > largest ? magnitude : largest;
-    to[c] = from[c];
+// A row of bfloat16, with these signs turned round, and zeros behind it in whole tiles; whether all
+// of it is finite.
+T2P_INLINE bool copy_row(const std::uint16_t* from, std::int64_t count, std::int64_t steps,
+                         std::int32_t signs, std::int32_t* to) {
+  bool finite = true;
+  for (std::int64_t s = 0; s < steps; ++s) {
+    const std::int64_t left = count - s * kTileWords;
+    const I32 words = load_words_first(from + s * kTileWords,
+                                       static_cast<int>(left < kTileWords ? left : kTileWords));
+    finite &= all_finite_bf16(words);
+    store(to + s * 16, bit_xor(words, broadcast(signs)));
   }
-  for (std::int64_t c = count; c < width; ++c) to[c] = 0;
-  return largest < 0x7f80;
+  return finite;
 }
 
 // 16 rows of 32 words as the right side of a product: pairs of words become columns.
-void transpose_tile(const std::uint16_t* rows, std::int64_t stride, std::int32_t* to) {
+void transpose_tile(const std::int32_t* rows, std::int64_t stride, std::int32_t* to) {
   const float* pairs = reinterpret_cast<const float*>(rows);
   for (int c = 0; c < kTileRows; c += 4) {
     F32 quads[4];
-    for (int i = 0; i < 4; ++i) quads[i] = load_quads(pairs + i * stride / 2 + c, 2 * stride);
+    for (int i = 0; i < 4; ++i) quads[i] = load_quads(pairs + i * stride + c, 4 * stride);
     transpose_quads(quads);
     for (int i = 0; i < 4; ++i) store(to + (c + i) * 16, as_i32(quads[i]));
   }
@@ -74,20 +76,19 @@ void transpose_tile(const std::uint16_t* rows, std::int64_t stride, std::int32_t
 void prepare(const Attention& attention, std::int64_t batch, std::int64_t head, std::int64_t first,
              std::int32_t* to) {
   alignas(64) static constexpr std::uint16_t kZeros[kMostChannels] = {};
-  alignas(64) std::uint16_t rows[kTileRows * kMostChannels];
+  alignas(64) std::int32_t rows[kTileRows * kMostChannels / 2];
   const TileSizes sizes(attention);
   const Block block(sizes, to);
   const std::int64_t left = attention.n - first, count = left < kTiledKeys ? left : kTiledKeys;
-  const std::int64_t units = (count + kUnit - 1) / kUnit, words = sizes.steps * kTileWords;
+  const std::int64_t units = (count + kUnit - 1) / kUnit, words = sizes.steps * 16;
   bool finite = true;
   for (std::int64_t j = 0; j < units * kUnit; ++j) {
-    const bool here = j < count;
-    finite &= copy_row(here ? words_at(attention.k, batch, head, first + j) : kZeros,
-                       here ? attention.d : 0, words, rows + j % kTileRows * words);
+    const std::uint16_t* from = j < count ? words_at(attention.k, batch, head, first + j) : kZeros;
+    finite &= copy_row(from, attention.d, sizes.steps, 0, rows + j % kTileRows * words);
     if (j % kTileRows != kTileRows - 1) continue;
     std::int32_t* tile = block.keys + j / kTileRows * sizes.steps * kTileSize;
     for (std::int64_t s = 0; s < sizes.steps; ++s) {
-      transpose_tile(rows + s * kTileWords, words, tile + s * kTileSize);
+      transpose_tile(rows + s * 16, words, tile + s * kTileSize);
     }
   }
   const std::int64_t e = attention.e;
@@ -204,46 +205,68 @@ void find_largest(const TileSizes& sizes, const Block& block, const Unit& unit, 
   }
 }
 
-// Adds the values of the block, weighted, to the outputs.
-void multiply_values(const TileSizes& sizes, const Block& block, const Unit& unit,
-                     std::int64_t units) {
-  const std::int64_t stride = sizes.width * 4;
-  float *first = unit.outputs, *second = first + sizes.width * kTileRows;
-  const float* weights = unit.scores;
-  std::int64_t c = 0;
-  for (; c + 32 <= sizes.width; c += 32, first += 2 * kTileSize, second += 2 * kTileSize) {
-    load_tile<0>(first, kTileBytes);
-    load_tile<1>(first + kTileSize, kTileBytes);
-    load_tile<2>(second, kTileBytes);
-    load_tile<3>(second + kTileSize, kTileBytes);
-    for (std::int64_t j = 0; j < units; ++j) {
-      const std::int32_t* values = block.values + j * kTileRows * sizes.width + c;
-      load_tile<4>(weights + j * 2 * kTileSize, kTileBytes);
-      load_tile<6>(values, stride);
-      add_product_bf16<0, 4, 6>();
-      load_tile<7>(values + 16, stride);
-      add_product_bf16<1, 4, 7>();
-      load_tile<5>(weights + kScores / 2 + j * 2 * kTileSize, kTileBytes);
-      add_product_bf16<2, 5, 6>();
-      add_product_bf16<3, 5, 7>();
-    }
-    store_tile<0>(first, kTileBytes);
-    store_tile<1>(first + kTileSize, kTileBytes);
-    store_tile<2>(second, kTileBytes);
-    store_tile<3>(second + kTileSize, kTileBytes);
-  }
-  if (c == sizes.width) return;
-  load_tile<0>(first, kTileBytes);
+// Adds the values of the block, weighted, to two columns of tiles of outputs, for both tiles of
+// queries; or to three, or one, for one.
+T2P_INLINE void multiply_two_columns(const float* weights, const std::int32_t* values,
+                                     std::int64_t width, std::int64_t keys, float* outputs) {
+  float* second = outputs + width * kTileRows;
+  load_tile<0>(outputs, kTileBytes);
+  load_tile<1>(outputs + kTileSize, kTileBytes);
   load_tile<2>(second, kTileBytes);
-  for (std::int64_t j = 0; j < units; ++j) {
-    load_tile<4>(weights + j * 2 * kTileSize, kTileBytes);
-    load_tile<6>(block.values + j * kTileRows * sizes.width + c, stride);
+  load_tile<3>(second + kTileSize, kTileBytes);
+  for (std::int64_t j = 0; j < keys; ++j, values += kTileRows * width, weights += 2 * kTileSize) {
+    load_tile<4>(weights, kTileBytes);
+    load_tile<6>(values, width * 4);
     add_product_bf16<0, 4, 6>();
-    load_tile<5>(weights + kScores / 2 + j * 2 * kTileSize, kTileBytes);
+    load_tile<7>(values + 16, width * 4);
+    add_product_bf16<1, 4, 7>();
+    load_tile<5>(weights + kScores / 2, kTileBytes);
     add_product_bf16<2, 5, 6>();
+    add_product_bf16<3, 5, 7>();
   }
-  store_tile<0>(first, kTileBytes);
+  store_tile<0>(outputs, kTileBytes);
+  store_tile<1>(outputs + kTileSize, kTileBytes);
   store_tile<2>(second, kTileBytes);
+  store_tile<3>(second + kTileSize, kTileBytes);
+}
+
+template <bool three>
+T2P_INLINE void multiply_columns(const float* weights, const std::int32_t* values,
+                                 std::int64_t width, std::int64_t keys, float* outputs) {
+  load_tile<0>(outputs, kTileBytes);
+  if (three) load_tile<1>(outputs + kTileSize, kTileBytes);
+  if (three) load_tile<2>(outputs + 2 * kTileSize, kTileBytes);
+  for (std::int64_t j = 0; j < keys; ++j, values += kTileRows * width, weights += 2 * kTileSize) {
+    load_tile<4>(weights, kTileBytes);
+    load_tile<5>(values, width * 4);
+    add_product_bf16<0, 4, 5>();
+    if (!three) continue;
+    load_tile<6>(values + 16, width * 4);
+    add_product_bf16<1, 4, 6>();
+    load_tile<7>(values + 32, width * 4);
+    add_product_bf16<2, 4, 7>();
+  }
+  store_tile<0>(outputs, kTileBytes);
+  if (three) store_tile<1>(outputs + kTileSize, kTileBytes);
+  if (three) store_tile<2>(outputs + 2 * kTileSize, kTileBytes);
+}
+
+void multiply_values(const TileSizes& sizes, const Block& block, const Unit& unit,
+                     std::int64_t keys) {
+  std::int64_t c = 0;
+  for (std::int64_t left = sizes.width; left == 32 || left >= 64; left -= 32, c += 32) {
+    multiply_two_columns(unit.scores, block.values + c, sizes.width, keys,
+                         unit.outputs + c * kTileRows);
+  }
+  for (int t = 0; t < 2 && c < sizes.width; ++t) {
+    const float* weights = unit.scores + t * (kScores / 2);
+    float* outputs = unit.outputs + (t * sizes.width + c) * kTileRows;
+    if (sizes.width - c == 16) {
+      multiply_columns<false>(weights, block.values + c, sizes.width, keys, outputs);
+    } else {
+      multiply_columns<true>(weights, block.values + c, sizes.width, keys, outputs);
+    }
+  }
 }
 
 // Takes a block of keys into units of queries; `unit(u)` is the u-th.
@@ -271,10 +294,7 @@ void write_query(const float* from, std::int64_t e, std::uint16_t* to) {
   const F32 factor = broadcast(total == 0 ? 0.0f : 1 / total);
   std::int64_t c = 0;
   for (; c + 16 <= e; c += 16, from += kTileSize) store_bf16(to + c, mul(load(from), factor));
-  if (c == e) return;
-  std::uint16_t tail[16];
-  store_bf16(tail, mul(load(from), factor));
-  for (std::int64_t i = c; i < e; ++i) to[i] = tail[i - c];
+  if (c < e) store_bf16_first(to + c, mul(load(from), factor), static_cast<int>(e - c));
 }
 
 void attend_by_tiles(const Attention& attention, std::int64_t batch, std::int64_t head,
@@ -290,26 +310,22 @@ void attend_by_tiles(const Attention& attention, std::int64_t batch, std::int64_
     scratch += count;
     return taken;
   };
-  const std::int64_t words = sizes.steps * kTileWords, unit_outputs = kUnit * sizes.width;
-  float *rows = take(units * kUnit * words / 2), *outputs = take(units * unit_outputs);
+  const std::int64_t words = sizes.steps * 16, unit_outputs = kUnit * sizes.width;
+  auto* rows = reinterpret_cast<std::int32_t*>(take(units * kUnit * words));
+  float* outputs = take(units * unit_outputs);
   float *scores = take(2 * kScores), *offsets = take(2 * kUnit), *largest = take(units * kUnit);
   std::int32_t* own_block = reinterpret_cast<std::int32_t*>(scratch);
   const auto unit_at = [&](std::int64_t u) {
-    return Unit{reinterpret_cast<std::int32_t*>(rows) + u * kUnit * words / 2,
-                scores + u % 2 * kScores, offsets + u % 2 * kUnit, largest + u * kUnit,
-                outputs + u * unit_outputs};
+    return Unit{rows + u * kUnit * words, scores + u % 2 * kScores, offsets + u % 2 * kUnit,
+                largest + u * kUnit, outputs + u * unit_outputs};
   };
 
   // A negative scale turns the signs of the queries round.
-  const std::uint16_t signs = attention.scale < 0 ? 0x8000 : 0;
+  const std::int32_t signs = attention.scale < 0 ? static_cast<std::int32_t>(0x80008000) : 0;
   for (std::int64_t i = 0; i < units * kUnit; ++i) {
-    std::uint16_t* to = reinterpret_cast<std::uint16_t*>(rows) + i * words;
     const bool here = begin + i < end;
     copy_row(words_at(attention.q, batch, head, here ? begin + i : begin), here ? attention.d : 0,
-             words, to);
-    if (signs) {
-      for (std::int64_t c = 0; c < attention.d; ++c) to[c] ^= signs;
-    }
+             sizes.steps, signs, rows + i * words);
   }
   for (std::int64_t i = 0; i < units * unit_outputs; ++i) outputs[i] = 0;
   for (std::int64_t i = 0; i < units * kUnit; ++i) largest[i] = kLowest;

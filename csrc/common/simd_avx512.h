@@ -254,6 +254,24 @@ T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
       _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1));
 }
+T2P_INLINE I32 load_words_first(const std::uint16_t* p, int count) {
+  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), p)};
+}
+T2P_INLINE I32 pair_words_first(const std::uint16_t* a, const std::uint16_t* b, int count) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  return interleave_halves(
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, a)),
+                         _mm256_maskz_loadu_epi16(mask, b), 1));
+}
+T2P_INLINE void store_bf16_first(std::uint16_t* p, F32 a, int count) {
+  __m256i words;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), words);
+}
+T2P_INLINE bool all_finite_bf16(I32 a) {
+  const __m512i exponents = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(a.v, exponents), exponents) == 0;
+}
 T2P_INLINE I32 relu_bf16(I32 a) {
   const __mmask32 nan = _mm512_cmpgt_epu16_mask(a.v, _mm512_set1_epi16(-0x80));  // 0xFF80: -inf
   return {_mm512_mask_max_epi16(a.v, ~nan, a.v, _mm512_setzero_si512())};
