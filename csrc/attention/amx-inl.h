@@ -106,7 +106,7 @@ void prepare(const Attention& attention, std::int64_t batch, std::int64_t head, 
   }
   const float* bias = attention.bias ? attention.bias + batch * attention.n + first : nullptr;
   for (std::int64_t j = 0; j < count; ++j) {
-    block.bias[j] = bias ? kLog2E * bias[j] : 0;
+    block.bias[j] = bias ? bias_exponent(bias[j]) : 0;
     finite &= block.bias[j] == block.bias[j];
   }
   for (std::int64_t j = count; j < units * kUnit; ++j) block.bias[j] = -kInfinity;

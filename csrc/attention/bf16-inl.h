@@ -14,6 +14,11 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 
+// A bias as an exponent of 2; what is finite stays it, since masks are often the lowest number.
+T2P_INLINE float bias_exponent(float bias) {
+  return bias >= kLowest && kLog2E * bias < kLowest ? kLowest : kLog2E * bias;
+}
+
 // Scores become exponents of 2: multiplied by scale / ln 2 when weighed, or earlier if there is a
 // bias. A negative scale turns the signs of the queries round, for the largest score to stay it.
 class Pairs {
@@ -62,7 +67,7 @@ class Pairs {
 
   static F32 add_product(F32 sum, I32 a, I32 b) { return dot_bf16(sum, a, b); }
   F32 with_bias(F32 product, float bias) const {
-    return multiply_add(product, broadcast(scale_), broadcast(kLog2E * bias));
+    return multiply_add(product, broadcast(scale_), broadcast(bias_exponent(bias)));
   }
   F32 power(F32 difference) const { return exp2_coarse(mul(difference, broadcast(factor_))); }
 
