@@ -277,14 +277,15 @@ void take_block_by_tiles(const TileSizes& sizes, const Block& block, std::int64_
   for (std::int64_t j = 0; j < keys; ++j) multiply_keys(sizes, block, unit_at(0), j);
   find_largest(sizes, block, unit_at(0), keys, factor);
   for (std::int64_t u = 0; u < units; ++u) {
-    const Unit unit = unit_at(u), next = unit_at(u + 1);
+    const bool more = u + 1 < units;
+    const Unit unit = unit_at(u), next = unit_at(more ? u + 1 : u);
     for (std::int64_t j = 0; j < keys; ++j) {
-      if (u + 1 < units) multiply_keys(sizes, block, next, j);
+      if (more) multiply_keys(sizes, block, next, j);
       weigh_rows(unit, keys, scale, static_cast<int>(j * kUnit / keys),
                  static_cast<int>((j + 1) * kUnit / keys));
     }
     multiply_values(sizes, block, unit, keys);
-    if (u + 1 < units) find_largest(sizes, block, next, keys, factor);
+    if (more) find_largest(sizes, block, next, keys, factor);
   }
 }
 
