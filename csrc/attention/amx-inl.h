@@ -27,6 +27,8 @@ constexpr std::int64_t kScores = kUnit * kTiledKeys;
 // Scores, as exponents of 2, are known too coarsely beyond for exp2_words.
 constexpr float kLargestExponent = 16384;
 
+alignas(64) constexpr std::uint16_t kZeros[kMostChannels] = {};  // a row that is not there
+
 // A block of prepared keys and values: keys as right sides of products, [tiles of keys, steps,
 // tile]; pairs of values [kTiledKeys / 2, width]; what is added to scores [kTiledKeys], if the
 // block is biased; and how it is.
@@ -75,7 +77,6 @@ void transpose_tile(const std::int32_t* rows, std::int64_t stride, std::int32_t*
 
 void prepare(const Attention& attention, std::int64_t batch, std::int64_t head, std::int64_t first,
              std::int32_t* to) {
-  alignas(64) static constexpr std::uint16_t kZeros[kMostChannels] = {};
   alignas(64) std::int32_t rows[kTileRows * kMostChannels / 2];
   const TileSizes sizes(attention);
   const Block block(sizes, to);
@@ -324,8 +325,7 @@ void attend_by_tiles(const Attention& attention, std::int64_t batch, std::int64_
   // A negative scale turns the signs of the queries round.
   const std::int32_t signs = attention.scale < 0 ? static_cast<std::int32_t>(0x80008000) : 0;
   for (std::int64_t i = 0; i < units * kUnit; ++i) {
-    const bool here = begin + i < end;
-    copy_row(words_at(attention.q, batch, head, here ? begin + i : begin), here ? attention.d : 0,
+    copy_row(begin + i < end ? words_at(attention.q, batch, head, begin + i) : kZeros, attention.d,
              sizes.steps, signs, rows + i * words);
   }
   for (std::int64_t i = 0; i < units * unit_outputs; ++i) outputs[i] = 0;
