@@ -150,6 +150,7 @@ void layers() {
     attention(1, 1, 1, 1, format);
     attention(33, 66, 7, 33, format);
     attention(300, 131, 40, 20, format);
+    attention(65, 288, 64, 80, format);
   }
   for (auto format : {t2p::Format::kF32, t2p::Format::kBf16, t2p::Format::kF16}) {
     for (bool causal : {false, true}) {
