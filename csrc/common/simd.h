@@ -23,7 +23,8 @@
 //
 // With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's
 // lowest, dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and
-// relu_bf16 takes the maximum with 0, or the NaN. join_bf16 rounds a and b to the nearest bfloat16
+// relu_bf16 takes the maximum with 0, or the NaN. What ends in _words takes 32 unsigned numbers of
+// 16 bits. join_bf16 rounds a and b to the nearest bfloat16
 // and puts a's below b's in every lane; exp2_coarse is 2^a for a <= 0 with a relative error below
 // 8e-5, enough for what is rounded to bfloat16 after.
 //
