@@ -184,6 +184,54 @@ void apply_split(const Attention& attention, const Head& head, std::int64_t begi
   }
 }
 
+// As multiply_chunk.
+template <int parts>
+void multiply_chunk_split(const Attention& attention, const Head& head, std::int64_t count,
+                          const Chunk& chunk, float* state) {
+  const std::int64_t dp = head.dp, ep = head.ep;
+  const std::int64_t blocks = ceil_div(dp, kDepth), half = blocks * kSide;
+  auto* scratch = reinterpret_cast<std::int32_t*>(chunk.rest);
+  const auto take = [&scratch](std::int64_t words) {
+    std::int32_t* taken = scratch;
+    scratch += words;
+    return taken;
+  };
+  std::int32_t *queries = take(parts * kChunk * half), *keys = take(parts * kChunk * half);
+  std::int32_t *keys_t = take(parts * kChunk * half), *values = take(parts * kSide * ep);
+  std::int32_t *pairs = take(parts * kSide * dp), *lefts = take(parts * kSide * dp);
+  std::int32_t* weights = take(kParts * kChunk * kSide);
+  std::int32_t* states = take(blocks * kParts * kSide * ep);
+  const auto is_split = [&] {
+    if (!pair_channels_of<parts>(chunk.queries, kChunk, dp, half, queries) ||
+        !pair_channels_of<parts>(chunk.keys, kChunk, dp, half, keys) ||
+        !pair_rows_of<parts>(chunk.values, kChunk, ep, ep, values) ||
+        !split_state(head, state, ep, states)) {
+      return false;
+    }
+    for (std::int64_t i = 0; i < parts * kChunk * half; i += kSide * half) {
+      turn(keys + i, half, keys_t + i);
+    }
+    multiply_parts<parts, parts, false>({queries, kSide * half, half, kChunk * half, kSide},
+                                        {keys_t, kSide * half, kSide, kChunk * half, kSide * kSide},
+                                        kChunk, kChunk, blocks, chunk.products, kChunk);
+    for (std::int64_t i = 0; i < kChunk; ++i) {
+      for (std::int64_t j = i + 1; j < kChunk; ++j) chunk.products[i * kChunk + j] = 0.0f;
+    }
+    return pair_channels_of<kParts>(chunk.products, kChunk, kChunk, kSide, weights);
+  };
+  if (!is_split()) return multiply_chunk(attention, head, count, chunk, state);
+  const Side right{values, kSide, ep, kSide * ep, 0};
+  multiply_parts<parts, kParts, false>({queries, kSide * half, half, kChunk * half, kSide},
+                                       {states, kSide, ep, kSide * ep, kParts * kSide * ep}, kChunk,
+                                       ep, blocks, chunk.outputs, ep);
+  multiply_parts<kParts, parts, true>({weights, kSide * kSide, kSide, kChunk * kSide, 0}, right,
+                                      kChunk, ep, 1, chunk.outputs, ep);
+  pair_rows_of<parts>(chunk.keys, kChunk, dp, dp, pairs);
+  for (std::int64_t i = 0; i < parts * kSide * dp; i += kSide * dp) turn(pairs + i, dp, lefts + i);
+  multiply_parts<parts, parts, true>({lefts, kSide * kSide, kSide, kSide * dp, 0}, right, dp, ep, 1,
+                                     state, ep);
+}
+
 // Whether phi of the rows is in bfloat16.
 T2P_INLINE bool stay_bf16(const Attention& attention, const Rows& rows) {
   return rows.format == Format::kBf16 && attention.feature != Feature::kElu;
@@ -205,6 +253,15 @@ void apply_on_tiles(const Attention& attention, const Head& head, std::int64_t b
                         : out.format == Format::kBf16       ? apply_split<Format::kBf16, kParts>
                                                             : apply_split<Format::kF16, kParts>;
   apply_to(attention, head, begin, end, state, scratch, out);
+}
+
+void scan_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
+                   std::int64_t end, float* state, float* scratch, const Rows& out) {
+  if (head.n < kSide) return scan(attention, head, begin, end, state, scratch, out);
+  const tiles::TilesInUse in_use;
+  const MultiplyChunk multiply_rows =
+      stay_bf16(attention, attention.q) ? multiply_chunk_split<1> : multiply_chunk_split<kParts>;
+  scan_by(multiply_rows, attention, head, begin, end, state, scratch, out);
 }
 
 }  // namespace
