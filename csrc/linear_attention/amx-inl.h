@@ -184,11 +184,11 @@ void apply_split(const Attention& attention, const Head& head, std::int64_t begi
   }
 }
 
-// As multiply_chunk.
+// As multiply_chunk. Behind the values there are 16 columns of ones, for the denominators.
 template <int parts>
 void multiply_chunk_split(const Attention& attention, const Head& head, std::int64_t count,
                           const Chunk& chunk, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep;
+  const std::int64_t dp = head.dp, ep = head.ep, width = ep + kSide;
   const std::int64_t blocks = ceil_div(dp, kDepth), half = blocks * kSide;
   auto* scratch = reinterpret_cast<std::int32_t*>(chunk.rest);
   const auto take = [&scratch](std::int64_t words) {
@@ -197,39 +197,44 @@ void multiply_chunk_split(const Attention& attention, const Head& head, std::int
     return taken;
   };
   std::int32_t *queries = take(parts * kChunk * half), *keys = take(parts * kChunk * half);
-  std::int32_t *keys_t = take(parts * kChunk * half), *values = take(parts * kSide * ep);
+  std::int32_t *keys_t = take(parts * kChunk * half), *values = take(parts * kSide * width);
   std::int32_t *pairs = take(parts * kSide * dp), *lefts = take(parts * kSide * dp);
   std::int32_t* weights = take(kParts * kChunk * kSide);
-  std::int32_t* states = take(blocks * kParts * kSide * ep);
-  const auto is_split = [&] {
+  std::int32_t* states = take(blocks * kParts * kSide * width);
+  const Side left{queries, kSide * half, half, kChunk * half, kSide};
+  const auto could_split = [&] {
     if (!pair_channels_of<parts>(chunk.queries, kChunk, dp, half, queries) ||
         !pair_channels_of<parts>(chunk.keys, kChunk, dp, half, keys) ||
-        !pair_rows_of<parts>(chunk.values, kChunk, ep, ep, values) ||
-        !split_state(head, state, ep, states)) {
+        !pair_rows_of<parts>(chunk.values, kChunk, ep, width, values) ||
+        !split_state(head, state, width, states)) {
       return false;
     }
     for (std::int64_t i = 0; i < parts * kChunk * half; i += kSide * half) {
       turn(keys + i, half, keys_t + i);
     }
-    multiply_parts<parts, parts, false>({queries, kSide * half, half, kChunk * half, kSide},
-                                        {keys_t, kSide * half, kSide, kChunk * half, kSide * kSide},
-                                        kChunk, kChunk, blocks, chunk.products, kChunk);
+    const Side right{keys_t, kSide * half, kSide, kChunk * half, kSide * kSide};
+    multiply_parts<parts, parts, false>(left, right, kChunk, kChunk, blocks, chunk.products,
+                                        kChunk);
     for (std::int64_t i = 0; i < kChunk; ++i) {
       for (std::int64_t j = i + 1; j < kChunk; ++j) chunk.products[i * kChunk + j] = 0.0f;
     }
     return pair_channels_of<kParts>(chunk.products, kChunk, kChunk, kSide, weights);
   };
-  if (!is_split()) return multiply_chunk(attention, head, count, chunk, state);
-  const Side right{values, kSide, ep, kSide * ep, 0};
-  multiply_parts<parts, kParts, false>({queries, kSide * half, half, kChunk * half, kSide},
-                                       {states, kSide, ep, kSide * ep, kParts * kSide * ep}, kChunk,
-                                       ep, blocks, chunk.outputs, ep);
+  if (!could_split()) return multiply_chunk(attention, head, count, chunk, state);
+  for (std::int64_t i = 0; i < parts * kSide; ++i) {
+    store(values + i * width + ep, broadcast(std::int32_t{i < kSide ? 0x3F803F80 : 0}));
+  }
+  const Side right{values, kSide, width, kSide * width, 0};
+  multiply_parts<parts, kParts, false>(
+      left, {states, kSide, width, kSide * width, kParts * kSide * width}, kChunk, width, blocks,
+      chunk.outputs, width);
   multiply_parts<kParts, parts, true>({weights, kSide * kSide, kSide, kChunk * kSide, 0}, right,
-                                      kChunk, ep, 1, chunk.outputs, ep);
+                                      kChunk, width, 1, chunk.outputs, width);
   pair_rows_of<parts>(chunk.keys, kChunk, dp, dp, pairs);
   for (std::int64_t i = 0; i < parts * kSide * dp; i += kSide * dp) turn(pairs + i, dp, lefts + i);
   multiply_parts<parts, parts, true>({lefts, kSide * kSide, kSide, kSide * dp, 0}, right, dp, ep, 1,
                                      state, ep);
+  sum_rows(chunk.keys, nullptr, count, dp, state + dp * ep);
 }
 
 // Whether phi of the rows is in bfloat16.

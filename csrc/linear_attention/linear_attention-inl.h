@@ -130,24 +130,29 @@ void apply(const Attention& attention, const Head& head, std::int64_t begin, std
 
 // Rows of one step of a scan, in scratch.
 struct Chunk {
-  float *queries, *keys;     // [kChunk, dp]
-  float *values, *outputs;   // [kChunk, ep]
-  float *products, *keys_t;  // [kChunk, kChunk], [dp, kChunk]
-  float* rest;               // scratch behind them
+  float *queries, *keys, *values;  // [kChunk, dp] twice, [kChunk, ep]
+  float *products, *keys_t;        // [kChunk, kChunk], [dp, kChunk]
+  float* outputs;                  // [kChunk, ep + kPad], numerators and in column ep denominators
+  float* rest;                     // scratch behind them
 };
 
-// The outputs' numerators; the keys are added to S.
+// Outputs before they are normalised; the keys are added to the state.
 void multiply_chunk(const Attention& attention, const Head& head, std::int64_t count,
                     const Chunk& chunk, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep;
+  const std::int64_t dp = head.dp, ep = head.ep, ldo = ep + kPad;
+  float* z = state + dp * ep;
   transpose(chunk.keys, kChunk, dp, chunk.keys_t);
   multiply_lower(chunk.queries, chunk.keys_t, dp, chunk.products);
-  multiply<false>({chunk.queries, dp, 1}, kChunk, attention.d, state, ep, ep, chunk.outputs, ep);
+  multiply<false>({chunk.queries, dp, 1}, kChunk, attention.d, state, ep, ep, chunk.outputs, ldo);
   for (std::int64_t i = 0; i < kChunk; i += 8) {
     multiply<true>({chunk.products + i * kChunk, kChunk, 1}, 8, i + 8, chunk.values, ep, ep,
-                   chunk.outputs + i * ep, ep);
+                   chunk.outputs + i * ldo, ldo);
   }
   multiply<true>({chunk.keys, 1, dp}, dp, count, chunk.values, ep, ep, state, ep);
+  for (std::int64_t i = 0; i < count; ++i) {
+    add_scaled(1.0f, chunk.keys + i * dp, dp, z);
+    chunk.outputs[i * ldo + ep] = dot(chunk.queries + i * dp, z, dp);
+  }
 }
 
 using MultiplyChunk = void (*)(const Attention& attention, const Head& head, std::int64_t count,
@@ -155,7 +160,7 @@ using MultiplyChunk = void (*)(const Attention& attention, const Head& head, std
 
 void scan_by(MultiplyChunk multiply_rows, const Attention& attention, const Head& head,
              std::int64_t begin, std::int64_t end, float* state, float* scratch, const Rows& out) {
-  const std::int64_t dp = head.dp, ep = head.ep;
+  const std::int64_t dp = head.dp, ep = head.ep, ldo = ep + kPad;
   Chunk chunk;
   const auto take = [&scratch](std::int64_t count) {
     float* taken = scratch;
@@ -163,10 +168,10 @@ void scan_by(MultiplyChunk multiply_rows, const Attention& attention, const Head
     return taken;
   };
   for (float** rows : {&chunk.queries, &chunk.keys, &chunk.keys_t}) *rows = take(kChunk * dp);
-  for (float** rows : {&chunk.values, &chunk.outputs}) *rows = take(kChunk * ep);
+  chunk.values = take(kChunk * ep);
+  chunk.outputs = take(kChunk * ldo);
   chunk.products = take(kChunk * kChunk);
   chunk.rest = scratch;
-  float* z = state + dp * ep;
   const std::uint8_t* mask = mask_of(attention, head);
   for (std::int64_t row = begin; row < end; row += kChunk) {
     const std::int64_t count = end - row < kChunk ? end - row : kChunk;
@@ -178,9 +183,8 @@ void scan_by(MultiplyChunk multiply_rows, const Attention& attention, const Head
               chunk.values);
     multiply_rows(attention, head, count, chunk, state);
     for (std::int64_t i = 0; i < count; ++i) {
-      add_scaled(1.0f, chunk.keys + i * dp, dp, z);
-      const float by = factor(attention, dot(chunk.queries + i * dp, z, dp));
-      write_row(out, head, row + i, attention.e, by, chunk.outputs + i * ep);
+      const float by = factor(attention, chunk.outputs[i * ldo + ep]);
+      write_row(out, head, row + i, attention.e, by, chunk.outputs + i * ldo);
     }
   }
 }
