@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes over all keys and all queries on tiles. Included once per ISA, by those that have
-// them, after those passes in float32, which do what is left: few rows, and rows or states with
-// numbers that cannot be split.
+// The passes over all keys and all queries on tiles, for rows in bfloat16 that phi leaves there.
+// Included once per ISA, by those that have tiles, after those passes in float32, which do the
+// rest: few rows, and queries or states with numbers that tiles are not good for.
 //
-// Keys and values in bfloat16 that phi leaves there are multiplied as they are, which is exact.
-// The state is a sum in float32, and split; so are all other rows. How rows are dealt with depends
-// on 32 of them at a time, counted from the first: the bits are the same however they are divided
-// among calls, at multiples of 64.
+// Keys and values are multiplied as they are, which is exact. The state is a sum in float32, and
+// split in three. How rows are dealt with depends on 32 of them at a time, counted from the first:
+// the bits are the same however they are divided among calls, at multiples of 64.
 #pragma once
 
 #include "linear_attention/bf16-inl.h"
@@ -15,41 +14,7 @@
 namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
 namespace {
 
-// Sides of products, of so many blocks of keys that sums are loaded and stored seldom.
-template <int parts>
-class Panel {
- public:
-  static constexpr std::int64_t kBlocks = parts == 1 ? 8 : 4;
-
-  Panel(const Head& head, float* scratch, float* state)
-      : dp_(head.dp), ep_(head.ep), state_(state) {
-    lefts_ = reinterpret_cast<std::int32_t*>(scratch);
-    rights_ = lefts_ + kBlocks * parts * kSide * dp_;
-  }
-  static std::int64_t size(const Head& head) {
-    return kBlocks * parts * kSide * (head.dp + head.ep);
-  }
-
-  // The next block, keys [parts, dp, 16] and values [parts, 16, ep].
-  std::int32_t* left() const { return lefts_ + blocks_ * parts * kSide * dp_; }
-  std::int32_t* right() const { return rights_ + blocks_ * parts * kSide * ep_; }
-  void add() {
-    if (++blocks_ == kBlocks) flush();
-  }
-  // state += the blocks since the last time.
-  void flush() {
-    if (blocks_ == 0) return;
-    const Side a{lefts_, kSide * kSide, kSide, kSide * dp_, parts * kSide * dp_};
-    const Side b{rights_, kSide, ep_, kSide * ep_, parts * kSide * ep_};
-    multiply_parts<parts, parts, true>(a, b, dp_, ep_, blocks_, state_, ep_);
-    blocks_ = 0;
-  }
-
- private:
-  std::int64_t dp_, ep_, blocks_ = 0;
-  std::int32_t *lefts_, *rights_;
-  float* state_;
-};
+constexpr std::int64_t kBlocks = 8;  // of keys, between loads of the sums
 
 // Pairs of rows [16, width] as the left side of a product, [width, 16].
 void turn(const std::int32_t* pairs, std::int64_t width, std::int32_t* to) {
@@ -64,62 +29,30 @@ void clear(std::int32_t* from, const std::int32_t* end) {
 void accumulate_pairs(const Attention& attention, const Head& head, std::int64_t begin,
                       std::int64_t end, float* scratch, float* state) {
   const std::int64_t dp = head.dp, ep = head.ep;
-  const tiles::TilesInUse in_use;
-  Panel<1> panel(head, scratch, state);
-  auto* keys = reinterpret_cast<std::int32_t*>(scratch + Panel<1>::size(head));
+  auto* lefts = reinterpret_cast<std::int32_t*>(scratch);  // [kBlocks, dp, 16]
+  std::int32_t* rights = lefts + kBlocks * dp * kSide;     // [kBlocks, 16, ep]
+  std::int32_t* keys = rights + kBlocks * kSide * ep;      // [16, dp]
+  const Side left{lefts, kSide * kSide, kSide, 0, dp * kSide};
+  const Side right{rights, kSide, ep, 0, kSide * ep};
   const std::uint8_t* mask = mask_of(attention, head);
   const auto read_keys = attention.feature == Feature::kRelu ? read_pairs<true> : read_pairs<false>;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, kDepth);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, kDepth);
-  for (std::int64_t row = begin; row < end; row += kDepth) {
-    const std::int64_t count = end - row < kDepth ? end - row : kDepth, pairs = (count + 1) / 2;
-    std::int32_t* values = panel.right();
-    read_keys(attention.k, head, row, count, attention.d, mask, ahead_k, keys);
-    read_pairs<false>(attention.v, head, row, count, attention.e, mask, ahead_v, values);
-    sum_pairs(keys, pairs, dp, state + dp * ep);
-    clear(keys + pairs * dp, keys + kSide * dp);
-    clear(values + pairs * ep, values + kSide * ep);
-    turn(keys, dp, panel.left());
-    panel.add();
-  }
-  panel.flush();
-}
-
-void accumulate_split(const Attention& attention, const Head& head, std::int64_t begin,
-                      std::int64_t end, float* scratch, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep;
   const tiles::TilesInUse in_use;
-  Panel<kParts> panel(head, scratch, state);
-  float *keys = scratch + Panel<kParts>::size(head), *copied = keys + kDepth * dp;
-  auto* pairs = reinterpret_cast<std::int32_t*>(copied + kDepth * ep);
-  const std::uint8_t* mask = mask_of(attention, head);
-  const Read read_keys = reader(attention.k.format, attention.feature);
-  const Read read_values = reader(attention.v.format, Feature::kIdentity);
-  const std::int64_t ahead_k = ahead(attention.k, attention.d, kDepth);
-  const std::int64_t ahead_v = ahead(attention.v, attention.e, kDepth);
-  const bool in_place = lie_as_copied(attention.v, attention.e, mask);
-  for (std::int64_t row = begin; row < end; row += kDepth) {
-    const std::int64_t count = end - row < kDepth ? end - row : kDepth;
-    read_keys(attention.k, head, row, count, kDepth, attention.d, mask, ahead_k, keys);
-    const float* values = copied;
-    if (in_place && count == kDepth) {
-      values = static_cast<const float*>(attention.v.data) + place(attention.v, head, row);
-    } else {
-      read_values(attention.v, head, row, count, kDepth, attention.e, mask, ahead_v, copied);
+  for (std::int64_t row = begin; row < end;) {
+    std::int64_t block = 0;
+    for (; block < kBlocks && row < end; ++block, row += kDepth) {
+      const std::int64_t count = end - row < kDepth ? end - row : kDepth, pairs = (count + 1) / 2;
+      std::int32_t* values = rights + block * kSide * ep;
+      read_keys(attention.k, head, row, count, attention.d, mask, ahead_k, keys);
+      read_pairs<false>(attention.v, head, row, count, attention.e, mask, ahead_v, values);
+      sum_pairs(keys, pairs, dp, state + dp * ep);
+      clear(keys + pairs * dp, keys + kSide * dp);
+      clear(values + pairs * ep, values + kSide * ep);
+      turn(keys, dp, lefts + block * dp * kSide);
     }
-    sum_rows(keys, nullptr, count, dp, state + dp * ep);
-    if (pair_rows_of<kParts>(keys, kDepth, dp, dp, pairs) &&
-        pair_rows_of<kParts>(values, kDepth, ep, ep, panel.right())) {
-      for (int part = 0; part < kParts; ++part) {
-        turn(pairs + part * kSide * dp, dp, panel.left() + part * kSide * dp);
-      }
-      panel.add();
-    } else {
-      panel.flush();
-      multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
-    }
+    multiply_sides<1, true>(left, right, dp, ep, block, state, ep);
   }
-  panel.flush();
 }
 
 // The state, with z in 16 more columns if it is wanted, as the right sides
@@ -129,144 +62,113 @@ bool split_state(const Head& head, const float* state, std::int64_t width, std::
   const float* z = state + dp * ep;
   Magnitudes magnitudes;
   for (std::int64_t c = 0; c < dp; c += kDepth, to += kParts * kSide * width) {
-    const bool two = c + kSide < dp;
-    if (!pair_rows_of<kParts>(state + c * ep, two ? kDepth : kSide, ep, width, to)) return false;
-    for (std::int64_t i = 0; i < kSide && width > ep; ++i) {
-      I32 pairs[kParts];
-      split(broadcast(z[c + i]), broadcast(two ? z[c + kSide + i] : 0.0f), pairs);
-      magnitudes.include(pairs[0]);
-      for (int part = 0; part < kParts; ++part) {
-        store(to + (part * kSide + i) * width + ep, pairs[part]);
+    for (std::int64_t i = 0; i < kSide; ++i) {
+      const std::int64_t channel = c + 2 * i;
+      const float* row = state + channel * ep;
+      for (std::int64_t j = 0; j < width; j += kLanes) {
+        I32 pairs[kParts];
+        if (channel >= dp) {
+          split(broadcast(0.0f), broadcast(0.0f), pairs);
+        } else if (j < ep) {
+          split(load(row + j), load(row + ep + j), pairs);
+        } else {
+          split(broadcast(z[channel]), broadcast(z[channel + 1]), pairs);
+        }
+        magnitudes.include(pairs[0]);
+#pragma GCC unroll 3
+        for (int part = 0; part < kParts; ++part) {
+          store(to + (part * kSide + i) * width + j, pairs[part]);
+        }
       }
     }
   }
   return magnitudes.all_ordinary();
 }
 
-template <Format format, int parts>
+// phi of `count` queries as the left side of a product, [height, half], half the channels in pairs;
+// the rest is zeros. Returns whether tiles are good for them.
+template <bool relu>
+bool read_left(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
+               std::int64_t height, std::int64_t channels, std::int64_t ahead, std::int64_t half,
+               std::int32_t* to) {
+  Magnitudes magnitudes;
+  std::int64_t at = place(rows, head, begin);
+  for (std::int64_t i = 0; i < count; ++i, at += rows.row, to += half) {
+    if (ahead > 0) prefetch_row(rows, at + ahead * rows.row, channels);
+    const auto* words = static_cast<const std::uint16_t*>(rows.data) + at;
+    for (std::int64_t c = 0; c < channels; c += kDepth) {
+      std::uint16_t tail[kDepth];
+      const std::uint16_t* from = words + c;
+      if (c + kDepth > channels) {
+        for (std::int64_t j = 0; j < kDepth; ++j) tail[j] = c + j < channels ? from[j] : 0;
+        from = tail;
+      }
+      const I32 pairs = load_bytes(reinterpret_cast<const std::uint8_t*>(from));
+      const I32 phi = relu ? relu_bf16(pairs) : pairs;
+      magnitudes.include(phi);
+      store(to + c / 2, phi);
+    }
+  }
+  clear(to, to + (height - count) * half);
+  return magnitudes.all_ordinary();
+}
+
 void apply_split(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
                  const float* state, float* scratch, const Rows& out) {
-  const std::int64_t dp = head.dp, width = attention.normalize ? head.ep + kSide : head.ep;
+  const std::int64_t dp = head.dp, ep = head.ep, width = attention.normalize ? ep + kSide : ep;
   const std::int64_t blocks = ceil_div(dp, kDepth), half = blocks * kSide;
   auto* rights = reinterpret_cast<std::int32_t*>(scratch);
-  std::int32_t* lefts = rights + blocks * kParts * kSide * width;
-  float* queries = reinterpret_cast<float*>(lefts + parts * kDepth * half);
-  float* products = queries + kDepth * dp;
+  std::int32_t* lefts = rights + blocks * kParts * kSide * width;     // [kDepth, half]
+  float* products = reinterpret_cast<float*>(lefts + kDepth * half);  // [kDepth, width]
+  float* queries = products + kDepth * width;                         // [kDepth, dp]
   if (!split_state(head, state, width, rights)) {
-    return apply_format<format>(attention, head, begin, end, state, scratch, out);
+    return apply_format<Format::kBf16>(attention, head, begin, end, state, scratch, out);
   }
-  const tiles::TilesInUse in_use;
-  const Side left{lefts, kSide * half, half, kDepth * half, kSide};
+  const Side left{lefts, kSide * half, half, 0, kSide};
   const Side right{rights, kSide, width, kSide * width, kParts * kSide * width};
-  const Read read = reader(attention.q.format, attention.feature);
+  const auto read = attention.feature == Feature::kRelu ? read_left<true> : read_left<false>;
   const std::int64_t ahead_q = ahead(attention.q, attention.d, kDepth);
+  const tiles::TilesInUse in_use;
   for (std::int64_t row = begin; row < end; row += kDepth) {
-    const std::int64_t count = end - row < kDepth ? end - row : kDepth;
-    const std::int64_t height = count <= kSide ? kSide : kDepth, at = place(out, head, row);
-    read(attention.q, head, row, count, kDepth, attention.d, nullptr, ahead_q, queries);
+    const std::int64_t count = end - row < kDepth ? end - row : kDepth, at = place(out, head, row);
     for (std::int64_t i = kDepth; i < 2 * kDepth; ++i) {
       prefetch_row(out, at + i * out.row, attention.e);
     }
-    if (!pair_channels_of<parts>(queries, kDepth, dp, half, lefts)) {
-      apply_rows<format>(attention, head, row, count, state, queries, out);
+    if (!read(attention.q, head, row, count, kDepth, attention.d, ahead_q, half, lefts)) {
+      read_rows(attention.q, head, row, count, kDepth, attention.d, attention.feature, nullptr,
+                queries);
+      apply_rows<Format::kBf16>(attention, head, row, count, state, queries, out);
       continue;
     }
-    multiply_parts<parts, kParts, false>(left, right, height, width, blocks, products, width);
+    multiply_sides<kParts, false>(left, right, count <= kSide ? kSide : kDepth, width, blocks,
+                                  products, width);
     float factors[kDepth] = {};
-    for (std::int64_t i = 0; i < kDepth && attention.normalize; ++i) {
-      factors[i] = products[i * width + head.ep];
+    for (std::int64_t i = 0; i < count && attention.normalize; ++i) {
+      factors[i] = products[i * width + ep];
     }
     for (float& by : factors) by = factor(attention, by);
     for (std::int64_t i = 0; i < count; ++i) {
-      write_format<format>(out, at + i * out.row, attention.e, broadcast(factors[i]),
-                           products + i * width);
+      write_format<Format::kBf16>(out, at + i * out.row, attention.e, broadcast(factors[i]),
+                                  products + i * width);
     }
   }
 }
 
-// As multiply_chunk. Behind the values there are 16 columns of ones, for the denominators.
-template <int parts>
-void multiply_chunk_split(const Attention& attention, const Head& head, std::int64_t count,
-                          const Chunk& chunk, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep, width = ep + kSide;
-  const std::int64_t blocks = ceil_div(dp, kDepth), half = blocks * kSide;
-  auto* scratch = reinterpret_cast<std::int32_t*>(chunk.rest);
-  const auto take = [&scratch](std::int64_t words) {
-    std::int32_t* taken = scratch;
-    scratch += words;
-    return taken;
-  };
-  std::int32_t *queries = take(parts * kChunk * half), *keys = take(parts * kChunk * half);
-  std::int32_t *keys_t = take(parts * kChunk * half), *values = take(parts * kSide * width);
-  std::int32_t *pairs = take(parts * kSide * dp), *lefts = take(parts * kSide * dp);
-  std::int32_t* weights = take(kParts * kChunk * kSide);
-  std::int32_t* states = take(blocks * kParts * kSide * width);
-  const Side left{queries, kSide * half, half, kChunk * half, kSide};
-  const auto could_split = [&] {
-    if (!pair_channels_of<parts>(chunk.queries, kChunk, dp, half, queries) ||
-        !pair_channels_of<parts>(chunk.keys, kChunk, dp, half, keys) ||
-        !pair_rows_of<parts>(chunk.values, kChunk, ep, width, values) ||
-        !split_state(head, state, width, states)) {
-      return false;
-    }
-    for (std::int64_t i = 0; i < parts * kChunk * half; i += kSide * half) {
-      turn(keys + i, half, keys_t + i);
-    }
-    const Side right{keys_t, kSide * half, kSide, kChunk * half, kSide * kSide};
-    multiply_parts<parts, parts, false>(left, right, kChunk, kChunk, blocks, chunk.products,
-                                        kChunk);
-    for (std::int64_t i = 0; i < kChunk; ++i) {
-      for (std::int64_t j = i + 1; j < kChunk; ++j) chunk.products[i * kChunk + j] = 0.0f;
-    }
-    return pair_channels_of<kParts>(chunk.products, kChunk, kChunk, kSide, weights);
-  };
-  if (!could_split()) return multiply_chunk(attention, head, count, chunk, state);
-  for (std::int64_t i = 0; i < parts * kSide; ++i) {
-    store(values + i * width + ep, broadcast(std::int32_t{i < kSide ? 0x3F803F80 : 0}));
-  }
-  const Side right{values, kSide, width, kSide * width, 0};
-  multiply_parts<parts, kParts, false>(
-      left, {states, kSide, width, kSide * width, kParts * kSide * width}, kChunk, width, blocks,
-      chunk.outputs, width);
-  multiply_parts<kParts, parts, true>({weights, kSide * kSide, kSide, kChunk * kSide, 0}, right,
-                                      kChunk, width, 1, chunk.outputs, width);
-  pair_rows_of<parts>(chunk.keys, kChunk, dp, dp, pairs);
-  for (std::int64_t i = 0; i < parts * kSide * dp; i += kSide * dp) turn(pairs + i, dp, lefts + i);
-  multiply_parts<parts, parts, true>({lefts, kSide * kSide, kSide, kSide * dp, 0}, right, dp, ep, 1,
-                                     state, ep);
-  sum_rows(chunk.keys, nullptr, count, dp, state + dp * ep);
-}
-
-// Whether phi of the rows is in bfloat16.
-T2P_INLINE bool stay_bf16(const Attention& attention, const Rows& rows) {
-  return rows.format == Format::kBf16 && attention.feature != Feature::kElu;
+// Whether tiles are for the rows, and there are enough to fill some.
+T2P_INLINE bool for_tiles(const Attention& attention, std::int64_t rows) {
+  return attention.k.format == Format::kBf16 && attention.feature != Feature::kElu && rows >= kSide;
 }
 
 void accumulate_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
                          std::int64_t end, float* scratch, float* state) {
-  const auto add_keys = head.n < kSide                      ? accumulate
-                        : stay_bf16(attention, attention.k) ? accumulate_pairs
-                                                            : accumulate_split;
+  const auto add_keys = for_tiles(attention, head.n) ? accumulate_pairs : accumulate;
   add_keys(attention, head, begin, end, scratch, state);
 }
 
 void apply_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
                     std::int64_t end, const float* state, float* scratch, const Rows& out) {
-  const auto apply_to = head.m < kSide                      ? apply
-                        : stay_bf16(attention, attention.q) ? apply_split<Format::kBf16, 1>
-                        : out.format == Format::kF32        ? apply_split<Format::kF32, kParts>
-                        : out.format == Format::kBf16       ? apply_split<Format::kBf16, kParts>
-                                                            : apply_split<Format::kF16, kParts>;
+  const auto apply_to = for_tiles(attention, head.m) ? apply_split : apply;
   apply_to(attention, head, begin, end, state, scratch, out);
-}
-
-void scan_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
-                   std::int64_t end, float* state, float* scratch, const Rows& out) {
-  if (head.n < kSide) return scan(attention, head, begin, end, state, scratch, out);
-  const tiles::TilesInUse in_use;
-  const MultiplyChunk multiply_rows =
-      stay_bf16(attention, attention.q) ? multiply_chunk_split<1> : multiply_chunk_split<kParts>;
-  scan_by(multiply_rows, attention, head, begin, end, state, scratch, out);
 }
 
 }  // namespace

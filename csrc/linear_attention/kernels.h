@@ -27,8 +27,7 @@ struct Head {
 // A state in scratch: S [dp, ep], then z [dp].
 inline std::int64_t state_size(const Head& head) { return head.dp * head.ep + head.dp; }
 inline std::int64_t scratch_size(std::int64_t dp, std::int64_t ep) {
-  return kRows * (8 * dp + 8 * (ep + kPad)) + kChunk * (2 * kChunk + dp + ep) +
-         4 * (dp * ep + dp + ep);
+  return kRows * (4 * dp + 4 * ep) + kChunk * (2 * kChunk + dp + ep) + 4 * (dp * ep + dp + ep);
 }
 
 struct Kernels {

@@ -26,7 +26,9 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
   const std::uint8_t* mask = mask_of(attention, head);
   const Read read_keys = reader(attention.k.format, attention.feature);
   const Read read_values = reader(attention.v.format, Feature::kIdentity);
-  const bool in_place = lie_as_copied(attention.v, attention.e, mask);
+  // Values that already are what a copy of them would be are taken from where they lie.
+  const bool in_place =
+      attention.v.format == Format::kF32 && !mask && attention.e == ep && attention.v.row == ep;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, kKeys);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, kKeys);
   for (std::int64_t row = begin; row < end; row += kKeys) {
@@ -128,70 +130,33 @@ void apply(const Attention& attention, const Head& head, std::int64_t begin, std
   apply_to(attention, head, begin, end, state, scratch, out);
 }
 
-// Rows of one step of a scan, in scratch.
-struct Chunk {
-  float *queries, *keys, *values;  // [kChunk, dp] twice, [kChunk, ep]
-  float *products, *keys_t;        // [kChunk, kChunk], [dp, kChunk]
-  float* outputs;                  // [kChunk, ep + kPad], numerators and in column ep denominators
-  float* rest;                     // scratch behind them
-};
-
-// Outputs before they are normalised; the keys are added to the state.
-void multiply_chunk(const Attention& attention, const Head& head, std::int64_t count,
-                    const Chunk& chunk, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep, ldo = ep + kPad;
-  float* z = state + dp * ep;
-  transpose(chunk.keys, kChunk, dp, chunk.keys_t);
-  multiply_lower(chunk.queries, chunk.keys_t, dp, chunk.products);
-  multiply<false>({chunk.queries, dp, 1}, kChunk, attention.d, state, ep, ep, chunk.outputs, ldo);
-  for (std::int64_t i = 0; i < kChunk; i += 8) {
-    multiply<true>({chunk.products + i * kChunk, kChunk, 1}, 8, i + 8, chunk.values, ep, ep,
-                   chunk.outputs + i * ldo, ldo);
-  }
-  multiply<true>({chunk.keys, 1, dp}, dp, count, chunk.values, ep, ep, state, ep);
-  for (std::int64_t i = 0; i < count; ++i) {
-    add_scaled(1.0f, chunk.keys + i * dp, dp, z);
-    chunk.outputs[i * ldo + ep] = dot(chunk.queries + i * dp, z, dp);
-  }
-}
-
-using MultiplyChunk = void (*)(const Attention& attention, const Head& head, std::int64_t count,
-                               const Chunk& chunk, float* state);
-
-void scan_by(MultiplyChunk multiply_rows, const Attention& attention, const Head& head,
-             std::int64_t begin, std::int64_t end, float* state, float* scratch, const Rows& out) {
-  const std::int64_t dp = head.dp, ep = head.ep, ldo = ep + kPad;
-  Chunk chunk;
-  const auto take = [&scratch](std::int64_t count) {
-    float* taken = scratch;
-    scratch += count;
-    return taken;
-  };
-  for (float** rows : {&chunk.queries, &chunk.keys, &chunk.keys_t}) *rows = take(kChunk * dp);
-  chunk.values = take(kChunk * ep);
-  chunk.outputs = take(kChunk * ldo);
-  chunk.products = take(kChunk * kChunk);
-  chunk.rest = scratch;
+void scan(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
+          float* state, float* scratch, const Rows& out) {
+  const std::int64_t dp = head.dp, ep = head.ep;
+  float *queries = scratch, *keys = queries + kChunk * dp, *keys_t = keys + kChunk * dp;
+  float *values = keys_t + kChunk * dp, *outputs = values + kChunk * ep;
+  float *products = outputs + kChunk * ep, *z = state + dp * ep;
   const std::uint8_t* mask = mask_of(attention, head);
   for (std::int64_t row = begin; row < end; row += kChunk) {
     const std::int64_t count = end - row < kChunk ? end - row : kChunk;
     read_rows(attention.q, head, row, count, kChunk, attention.d, attention.feature, nullptr,
-              chunk.queries);
-    read_rows(attention.k, head, row, count, kChunk, attention.d, attention.feature, mask,
-              chunk.keys);
-    read_rows(attention.v, head, row, count, kChunk, attention.e, Feature::kIdentity, mask,
-              chunk.values);
-    multiply_rows(attention, head, count, chunk, state);
+              queries);
+    read_rows(attention.k, head, row, count, kChunk, attention.d, attention.feature, mask, keys);
+    read_rows(attention.v, head, row, count, kChunk, attention.e, Feature::kIdentity, mask, values);
+    transpose(keys, kChunk, dp, keys_t);
+    multiply_lower(queries, keys_t, dp, products);
+    multiply<false>({queries, dp, 1}, kChunk, attention.d, state, ep, ep, outputs, ep);
+    for (std::int64_t i = 0; i < kChunk; i += 8) {
+      multiply<true>({products + i * kChunk, kChunk, 1}, 8, i + 8, values, ep, ep, outputs + i * ep,
+                     ep);
+    }
+    multiply<true>({keys, 1, dp}, dp, count, values, ep, ep, state, ep);
     for (std::int64_t i = 0; i < count; ++i) {
-      const float by = factor(attention, chunk.outputs[i * ldo + ep]);
-      write_row(out, head, row + i, attention.e, by, chunk.outputs + i * ldo);
+      add_scaled(1.0f, keys + i * dp, dp, z);
+      const float by = factor(attention, dot(queries + i * dp, z, dp));
+      write_row(out, head, row + i, attention.e, by, outputs + i * ep);
     }
   }
-}
-
-void scan(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
-          float* state, float* scratch, const Rows& out) {
-  scan_by(multiply_chunk, attention, head, begin, end, state, scratch, out);
 }
 
 }  // namespace
@@ -204,7 +169,7 @@ void scan(const Attention& attention, const Head& head, std::int64_t begin, std:
 namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
 
 #if defined(T2P_AMX)
-const Kernels kKernels = {accumulate_on_tiles, apply_on_tiles, scan_on_tiles, backward};
+const Kernels kKernels = {accumulate_on_tiles, apply_on_tiles, scan, backward};
 #else
 const Kernels kKernels = {accumulate, apply, scan, backward};
 #endif

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products in float32 on tiles, of numbers split into bfloat16. Included once per ISA, by
-// those that have tiles.
+// Matrix products on tiles, of numbers in bfloat16 and of float32 split into such. Included once
+// per ISA, by those that have tiles.
 //
-// A float32 is the sum of three bfloat16, each the nearest to what is left: 8 + 8 + 8 bits. Of the
-// nine products of two numbers' parts the six largest are added up, each exact; the others come to
-// less than 2^-24 of the whole, of either sign. So much is true of 0 and of magnitudes from 2^-50
-// to 2^50, of which no part that counts is below 2^-126, nor a product of two. Who has others
-// multiplies in float32.
+// A float32 is the sum of three bfloat16, each the nearest to what is left: 8 + 8 + 8 bits. Times a
+// bfloat16 each is exact, so the product is as good as one in float32. So much is true of 0 and of
+// magnitudes from 2^-50 to 2^50, of which no part that counts is below 2^-126, nor a product of
+// two, and none overflows. Who has others multiplies in float32.
 //
-// In scratch, two numbers that are multiplied one after the other stand side by side as a pair of
-// words: those of rows, or channels, 16 apart. The order of the terms of a sum is free.
+// With both sides split it would take six products of tiles, of parts of at least 2^-16 together.
+// That was tried, and is slower than multiplication in float32: splitting and turning rows takes
+// longer than the products that it saves, up to 256 channels.
 #pragma once
 
 #include "common/tiles.h"
@@ -22,13 +22,13 @@ constexpr std::int64_t kSide = tiles::kTileRows;    // of a tile of sums
 constexpr std::int64_t kDepth = tiles::kTileWords;  // of the product of two tiles
 constexpr int kParts = 3;
 
-// Whether the numbers in pairs of bfloat16 have magnitudes that can be split.
+// Whether bfloat16 numbers, or the first parts of others, have magnitudes that are good for this.
 class Magnitudes {
  public:
   T2P_INLINE void include(I32 pair) {
     const I32 doubled = shift_left_words<1>(pair);  // without the sign
     most_ = max_words(most_, doubled);
-    least_ = min_words(least_, sub_words(doubled, broadcast(std::int32_t{0x10001})));  // not 0
+    least_ = min_words(least_, sub_words(doubled, broadcast(std::int32_t{0x10001})));  // of 0: most
   }
   T2P_INLINE bool all_ordinary() const {
     constexpr std::uint32_t kMost = (127 + 50) << 8, kLeast = ((127 - 50) << 8) - 1;
@@ -40,57 +40,18 @@ class Magnitudes {
   I32 most_ = broadcast(std::int32_t{0}), least_ = broadcast(std::int32_t{-1});
 };
 
-// The parts of numbers, a's in the low words. In one part, they are bfloat16 already. Of a NaN the
-// last part at least is one.
-template <int parts>
-T2P_INLINE void split(F32 a, F32 b, I32 (&pairs)[parts]) {
+// The parts of two vectors in pairs, a's in the low words. The last part of a NaN is one, too.
+T2P_INLINE void split(F32 a, F32 b, I32 (&pairs)[kParts]) {
   const I32 high = broadcast(std::int32_t{-0x10000}), half = broadcast(std::int32_t{0x8000});
 #pragma GCC unroll 3
-  for (int part = 0; part < parts; ++part) {
-    const bool last = part + 1 == parts;
+  for (int part = 0; part < kParts; ++part) {
+    const bool last = part + 1 == kParts;  // and exact
     const I32 first = bit_and(last ? as_i32(a) : add(as_i32(a), half), high);
     const I32 second = bit_and(last ? as_i32(b) : add(as_i32(b), half), high);
     pairs[part] = bit_xor(shift_right<16>(first), second);
     a = sub(a, as_f32(first));
     b = sub(b, as_f32(second));
   }
-}
-
-// The rows i and i + 16 of a matrix, of 16 or 32 rows, in pairs [parts, 16, width], whose rows are
-// `ld` apart. Returns whether they could be split.
-template <int parts>
-bool pair_rows_of(const float* rows, std::int64_t height, std::int64_t width, std::int64_t ld,
-                  std::int32_t* to) {
-  Magnitudes magnitudes;
-  const std::int64_t below = kSide * width;
-  for (std::int64_t i = 0; i < kSide; ++i, rows += width, to += ld) {
-    for (std::int64_t c = 0; c < width; c += kLanes) {
-      I32 pairs[parts];
-      split(load(rows + c), height > kSide ? load(rows + below + c) : broadcast(0.0f), pairs);
-      magnitudes.include(pairs[0]);
-#pragma GCC unroll 3
-      for (int part = 0; part < parts; ++part) store(to + part * kSide * ld + c, pairs[part]);
-    }
-  }
-  return magnitudes.all_ordinary();
-}
-
-// The channels c and c + 16 of every 32 in pairs [parts, height, half], half the channels.
-template <int parts>
-bool pair_channels_of(const float* rows, std::int64_t height, std::int64_t width, std::int64_t half,
-                      std::int32_t* to) {
-  Magnitudes magnitudes;
-  for (std::int64_t i = 0; i < height; ++i, rows += width, to += half) {
-    for (std::int64_t c = 0; c < width; c += kDepth) {
-      I32 pairs[parts];
-      split(load(rows + c), c + kSide < width ? load(rows + c + kSide) : broadcast(0.0f), pairs);
-      magnitudes.include(pairs[0]);
-#pragma GCC unroll 3
-      for (int part = 0; part < parts; ++part)
-        store(to + part * height * half + c / 2, pairs[part]);
-    }
-  }
-  return magnitudes.all_ordinary();
 }
 
 // One side of a product, in pairs of words, and how far it is from a tile to the next along the
@@ -102,22 +63,19 @@ struct Side {
 };
 
 // Sums [16 rows, 16 columns] in the tiles 0 to 3, left sides in 4 and 5, right sides in 6 and 7.
-template <int left, int right, int rows, int columns>
+template <int parts, int rows, int columns>
 T2P_INLINE void add_blocks(Side a, Side b, std::int64_t blocks) {
   for (std::int64_t block = 0; block < blocks; ++block, a.data += a.block, b.data += b.block) {
-    for (int i = 0; i < left; ++i) {
-      const std::int32_t* of_a = a.data + i * a.part;
-      tiles::load_tile<4>(of_a, 4 * a.row);
-      if constexpr (rows == 2) tiles::load_tile<5>(of_a + a.tile, 4 * a.row);
-      for (int j = 0; j < right && i + j < kParts; ++j) {
-        const std::int32_t* of_b = b.data + j * b.part;
-        tiles::load_tile<6>(of_b, 4 * b.row);
-        if constexpr (columns == 2) tiles::load_tile<7>(of_b + b.tile, 4 * b.row);
-        tiles::add_product_bf16<0, 4, 6>();
-        if constexpr (columns == 2) tiles::add_product_bf16<1, 4, 7>();
-        if constexpr (rows == 2) tiles::add_product_bf16<2, 5, 6>();
-        if constexpr (rows == 2 && columns == 2) tiles::add_product_bf16<3, 5, 7>();
-      }
+    tiles::load_tile<4>(a.data, 4 * a.row);
+    if constexpr (rows == 2) tiles::load_tile<5>(a.data + a.tile, 4 * a.row);
+    for (int part = 0; part < parts; ++part) {
+      const std::int32_t* right = b.data + part * b.part;
+      tiles::load_tile<6>(right, 4 * b.row);
+      if constexpr (columns == 2) tiles::load_tile<7>(right + b.tile, 4 * b.row);
+      tiles::add_product_bf16<0, 4, 6>();
+      if constexpr (columns == 2) tiles::add_product_bf16<1, 4, 7>();
+      if constexpr (rows == 2) tiles::add_product_bf16<2, 5, 6>();
+      if constexpr (rows == 2 && columns == 2) tiles::add_product_bf16<3, 5, 7>();
     }
   }
 }
@@ -128,7 +86,7 @@ T2P_INLINE void begin_tile(const float* c, std::int64_t ldc) {
   if constexpr (!sums) tiles::zero_tile<tile>();
 }
 
-template <int left, int right, int rows, int columns, bool sums>
+template <int parts, bool sums, int rows, int columns>
 T2P_INLINE void multiply_tiles(const Side& a, const Side& b, std::int64_t blocks, float* c,
                                std::int64_t ldc) {
   float* below = c + kSide * ldc;
@@ -136,28 +94,28 @@ T2P_INLINE void multiply_tiles(const Side& a, const Side& b, std::int64_t blocks
   if constexpr (columns == 2) begin_tile<1, sums>(c + kSide, ldc);
   if constexpr (rows == 2) begin_tile<2, sums>(below, ldc);
   if constexpr (rows == 2 && columns == 2) begin_tile<3, sums>(below + kSide, ldc);
-  add_blocks<left, right, rows, columns>(a, b, blocks);
+  add_blocks<parts, rows, columns>(a, b, blocks);
   tiles::store_tile<0>(c, 4 * ldc);
   if constexpr (columns == 2) tiles::store_tile<1>(c + kSide, 4 * ldc);
   if constexpr (rows == 2) tiles::store_tile<2>(below, 4 * ldc);
   if constexpr (rows == 2 && columns == 2) tiles::store_tile<3>(below + kSide, 4 * ldc);
 }
 
-// c [height, width] = (c +) a b, of `left` and `right` parts; both sizes are multiples of 16.
-template <int left, int right, bool sums>
-void multiply_parts(Side a, const Side& b, std::int64_t height, std::int64_t width,
+// c [height, width] = (c +) a b, where b has `parts`; both sizes are multiples of 16.
+template <int parts, bool sums>
+void multiply_sides(Side a, const Side& b, std::int64_t height, std::int64_t width,
                     std::int64_t blocks, float* c, std::int64_t ldc) {
   for (std::int64_t i = 0; i < height; i += 2 * kSide, a.data += 2 * a.tile, c += 2 * kSide * ldc) {
     Side at = b;
     const bool two = i + kSide < height;
     std::int64_t j = 0;
     for (; j + 2 * kSide <= width; j += 2 * kSide, at.data += 2 * b.tile) {
-      two ? multiply_tiles<left, right, 2, 2, sums>(a, at, blocks, c + j, ldc)
-          : multiply_tiles<left, right, 1, 2, sums>(a, at, blocks, c + j, ldc);
+      two ? multiply_tiles<parts, sums, 2, 2>(a, at, blocks, c + j, ldc)
+          : multiply_tiles<parts, sums, 1, 2>(a, at, blocks, c + j, ldc);
     }
     if (j == width) continue;
-    two ? multiply_tiles<left, right, 2, 1, sums>(a, at, blocks, c + j, ldc)
-        : multiply_tiles<left, right, 1, 1, sums>(a, at, blocks, c + j, ldc);
+    two ? multiply_tiles<parts, sums, 2, 1>(a, at, blocks, c + j, ldc)
+        : multiply_tiles<parts, sums, 1, 1>(a, at, blocks, c + j, ldc);
   }
 }
 

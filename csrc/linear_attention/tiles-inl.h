@@ -126,11 +126,6 @@ void read_rows(const Rows& rows, const Head& head, std::int64_t begin, std::int6
   reader(rows.format, feature)(rows, head, begin, count, height, channels, mask, height, to);
 }
 
-// Whether rows already are what a copy of them in scratch would be.
-T2P_INLINE bool lie_as_copied(const Rows& rows, std::int64_t channels, const std::uint8_t* mask) {
-  return rows.format == Format::kF32 && !mask && channels % kPad == 0 && rows.row == channels;
-}
-
 T2P_INLINE I32 rounded_to_bf16(F32 a) {
   const I32 word = as_i32(a);
   const I32 odd = bit_and(shift_right<16>(word), broadcast(std::int32_t{1}));
