@@ -29,6 +29,7 @@
 // AVX-512 VBMI, exp2_words is 2^x in bfloat16 with a relative error below 2^-7 (rounding alone:
 // 2^-8), for a and b that are 512 (x + 127) + 2 and x <= 0; below 2 and for NaN it is 0. Of every
 // eight words side by side four are a's and four b's.
+// sub_words, max_words and what else ends so take 32 unsigned numbers of 16 bits.
 //
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to

@@ -276,6 +276,16 @@ T2P_INLINE I32 relu_bf16(I32 a) {
   const __mmask32 nan = _mm512_cmpgt_epu16_mask(a.v, _mm512_set1_epi16(-0x80));  // 0xFF80: -inf
   return {_mm512_mask_max_epi16(a.v, ~nan, a.v, _mm512_setzero_si512())};
 }
+template <int kBits>
+T2P_INLINE I32 shift_left_words(I32 a) {
+  return {_mm512_slli_epi16(a.v, kBits)};
+}
+T2P_INLINE I32 sub_words(I32 a, I32 b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+T2P_INLINE I32 max_words(I32 a, I32 b) { return {_mm512_max_epu16(a.v, b.v)}; }
+T2P_INLINE I32 min_words(I32 a, I32 b) { return {_mm512_min_epu16(a.v, b.v)}; }
+T2P_INLINE std::uint32_t bits_where_words_less(I32 a, I32 b) {
+  return _mm512_cmplt_epu16_mask(a.v, b.v);
+}
 T2P_INLINE F32 dot_bf16(F32 sum, I32 a, I32 b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
   return sum;

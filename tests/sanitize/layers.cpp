@@ -156,6 +156,7 @@ void layers() {
     for (bool causal : {false, true}) {
       linear_attention(1, 1, 1, causal, format);
       linear_attention(67, 33, 20, causal, format);
+      linear_attention(331, 48, 40, causal, format);
       linear_attention(1030, 8, 17, causal, format);
     }
   }
