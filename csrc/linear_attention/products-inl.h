@@ -7,9 +7,9 @@
 // magnitudes from 2^-50 to 2^50, of which no part that counts is below 2^-126, nor a product of
 // two, and none overflows. Who has others multiplies in float32.
 //
-// With both sides split it would take six products of tiles, of parts of at least 2^-16 together.
-// That was tried, and is slower than multiplication in float32: splitting and turning rows takes
-// longer than the products that it saves, up to 256 channels.
+// With both sides split it would take six products of tiles. That was tried for float32, and at 32
+// channels is slower than multiplying in float32: splitting and turning rows takes longer than
+// those products themselves.
 #pragma once
 
 #include "common/tiles.h"
