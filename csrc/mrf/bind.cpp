@@ -198,6 +198,30 @@ void label_product(const TensorView& rows, const TensorView& packed, const Tenso
   label_product_cpu(rows.data<std::uint16_t>(), labels, r, v, threads, to);
 }
 
+void mix(const TensorView& weights, const TensorView& q, const TensorView& others,
+         const TensorView& labels, const TensorView& to, int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  T2P_CHECK(has_mix(), kOp, ": this processor has no tiles");
+  T2P_CHECK(q.ndim() == 2, kOp, ": q must be [r, v], got ", q.shape_text());
+  T2P_CHECK_TYPE(weights.is_bfloat16() && q.is_bfloat16() && to.is_bfloat16(), kOp,
+                 ": weights, q and message must be bfloat16, got ", weights.dtype_text(), ", ",
+                 q.dtype_text(), " and ", to.dtype_text());
+  const std::int64_t r = q.size(0), v = q.size(1), k = labels.count();
+  check_array(kOp, "weights", weights, r * r);
+  check_array(kOp, "q", q, r * v);
+  check_array(kOp, "message", to, r * v);
+  const Mix mix{.weights = weights.data<std::uint16_t>(),
+                .q = q.data<std::uint16_t>(),
+                .others = floats(kOp, "others", others, r * k),
+                .labels = integers(kOp, "labels", labels, k),
+                .r = r,
+                .k = k,
+                .v = v};
+  std::uint16_t* out = to.data<std::uint16_t>();
+  py::gil_scoped_release nogil;
+  mix_cpu(mix, threads, out);
+}
+
 void local_step(const TensorView& begin, const TensorView& node, const TensorView& weight,
                 const TensorView& slot, const TensorView& row, const TensorView& q,
                 const TensorView& unary, double scale, double damping, double temperature,
@@ -349,6 +373,9 @@ void bind(py::module_& m) {
   m.def("mrf_pack", &pack_labels, py::arg("w_c"), py::arg("packed"), py::arg("threads"));
   m.def("mrf_label_product", &label_product, py::arg("rows"), py::arg("packed"), py::arg("message"),
         py::arg("threads"));
+  m.def("mrf_has_mix", &has_mix);
+  m.def("mrf_mix", &mix, py::arg("weights"), py::arg("q"), py::arg("others"), py::arg("labels"),
+        py::arg("message"), py::arg("threads"));
   m.def("mrf_local_step", &local_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("unary"), py::arg("scale"),
         py::arg("damping"), py::arg("temperature"), py::arg("next"), py::arg("threads"));

@@ -94,6 +94,56 @@ struct Kernels {
                         std::int64_t count) = nullptr;
 };
 
+// Of AMX. A tile is 16 rows; a chunk of it is 32 columns, 16 pairs of a panel, as [16, 32] words.
+constexpr std::int64_t kTileRows = 16, kChunkWords = kTileRows * 32, kStepChunks = 8;
+
+// Sums, begun or added to, of `count` tiles of rows and `panels` panels that follow each other,
+// over some chunks of both.
+struct TileProduct {
+  const std::uint16_t* rows = nullptr;  // [count, rows_stride], of each the first chunks
+  std::int64_t rows_stride = 0, count = 0;
+  const std::int32_t* labels = nullptr;  // [panels, kPairs, kPanelLabels], as well
+  std::int64_t panels = 0, chunks = 0;
+  const std::uint16_t* next_rows = nullptr;  // what will be taken after these, or null
+  const std::int32_t* next_labels = nullptr;
+  bool begin = false;
+  float* sums = nullptr;  // [count, sums_stride], of which [panels, 2, 16, 16] are meant
+  std::int64_t sums_stride = 0;
+  // Where sums of pairs of tiles go in the end, if all their rows and labels are meant; or null.
+  float* message = nullptr;  // [message_rows, message_stride], of which message_labels are meant
+  std::int64_t message_stride = 0, message_rows = 0, message_labels = 0;
+
+  T2P_INLINE bool goes_to_message(std::int64_t tile, std::int64_t panel) const {
+    const std::int64_t pair = tile / 2 * 2, tiles = pair + 2 < count ? pair + 2 : count;
+    return message != nullptr && tiles * kTileRows <= message_rows &&
+           (panel + 1) * kPanelLabels <= message_labels;
+  }
+};
+
+struct TileKernels {
+  // Chunks of a tile from column `first` on, with zeros where there are no more rows or columns.
+  void (*pack_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
+                    std::int64_t first, std::int64_t chunks, std::uint16_t* to);
+  void (*multiply)(const TileProduct& product);
+  // `count` rows in the place of the pairs of a panel, for its labels from `label` on, with zeros
+  // behind them up to a whole chunk.
+  void (*pair_rows)(const std::uint16_t* rows, std::int64_t count, std::int64_t v,
+                    std::int64_t label, std::int32_t* to);
+  // `count` labels of a tile's row of sums, which begins at `sums`, rounded to bfloat16.
+  void (*round_row)(const float* sums, std::int64_t count, std::uint16_t* to);
+};
+
+namespace amx {
+extern const TileKernels kTiles;
+}
+
+// Where the instruction set has none, null.
+const TileKernels* tile_kernels();
+
+// label_product_cpu by them.
+void label_product_by_tiles(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
+                            std::int64_t v, int threads, float* message);
+
 // log(a) of mrf.cpp.
 float log_of(float a);
 

@@ -135,6 +135,19 @@ void label_product_cpu(const std::uint16_t* rows,  // [r, v]
                        const std::int32_t* packed, std::int64_t r, std::int64_t v, int threads,
                        float* message);  // [r, v]
 
+// to = weights q + others e, e being the one-hot rows of known labels: what positions of a picture
+// hear, with exact products, sums in float32, rounded once. Where has_mix() alone: by AMX.
+struct Mix {
+  const std::uint16_t* weights;  // [r, r] bfloat16
+  const std::uint16_t* q;        // [r, v] bfloat16
+  const float* others;           // [r, k]
+  const std::int64_t* labels;    // [k], in [0, v)
+  std::int64_t r, k, v;
+};
+bool has_mix();
+void mix_cpu(const Mix& mix, int threads,
+             std::uint16_t* to);  // [r, v] bfloat16
+
 void update_cuda(Values message, const float* unary, Values previous, std::int64_t r,
                  std::int64_t v, float scale, float damping, float temperature, int device,
                  void* stream, MutableValues next);

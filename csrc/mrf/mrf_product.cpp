@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product with dense label weights in bfloat16.
 //
-// From some dozens of rows on it is made by halves (V. Strassen, Gaussian elimination is not
+// With AMX it is made by tiles (mrf_tiles.cpp). Else,
+// from some dozens of rows on, it is made by halves (V. Strassen, Gaussian elimination is not
 // optimal, 1969): rows, labels and columns are halved, and seven products of quarters and of their
 // sums take the place of eight. Sums are rounded to bfloat16 too. So that no row or label loses to
 // a neighbour of larger numbers, each is first brought to magnitudes of 1 to 2 by a power of two,
@@ -49,7 +50,7 @@ constexpr Product kTerms[kProducts] = {
 struct Layout {
   std::int64_t v;
   std::int64_t panels = ceil_div(v, kPanelLabels), parts = ceil_div(ceil_div(v, 2), kPairs);
-  bool halves = v % (4 * kPairs) == 0;
+  bool halves = v % (4 * kPairs) == 0 && tile_kernels() == nullptr;
   std::int64_t scales = parts * panels * kPanelWords;  // and their inverses behind them
   std::int64_t sums = scales + 2 * v;
   std::int64_t words = halves ? sums + kSums * (parts / 2) * (panels / 2) * kPanelWords : scales;
@@ -269,6 +270,7 @@ void pack_labels_cpu(const std::uint16_t* w_c, std::int64_t v, int threads, std:
 void label_product_cpu(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
                        std::int64_t v, int threads, float* message) {
   // By halves with as many rows as pay, and as many at a time as have their place in a cache.
+  if (tile_kernels()) return label_product_by_tiles(rows, packed, r, v, threads, message);
   constexpr std::int64_t kLeastRows = 32, kChunk = 256;
   const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   const Layout layout{v};

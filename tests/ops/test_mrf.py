@@ -199,6 +199,83 @@ def test_label_product_by_halves(r: int, threads: int) -> None:
     assert message.isnan().any(1).tolist() == [i == 1 for i in range(r)]
 
 
+@pytest.mark.parametrize("v", [466, 500, 511, 512, 1001, 1024])
+def test_label_product(v: int) -> None:
+    """Any number of rows and labels, to the accuracy of sums in float32; threads change no bit."""
+    if not _C.mrf_packed_size(v):
+        pytest.skip("this processor has no product for packed labels")
+    w_c = _random(v, v, seed=2).bfloat16()
+    packed = mrf_pack(w_c)
+    for r in (*range(1, 37), 47, 48, 49, 63, 64, 65, 70):
+        rows = _random(r, v, seed=r).bfloat16()
+        results = []
+        for threads in (1, 2, 3):
+            message = torch.full((r, v), math.nan)
+            _C.mrf_label_product(rows, packed, message, threads)
+            results.append(message)
+        truth = rows.double() @ w_c.double().T
+        halves = v % 1024 == 0 and r >= 32 and _C.build_info()["isa"] != "amx"
+        error = float((results[0] - truth).abs().max()) / v**0.5
+        assert error < (2e-2 if halves else 2e-6), (v, r)
+        assert all(torch.equal(results[0], other) for other in results[1:]), (v, r)
+
+
+def test_label_product_has_no_rows() -> None:
+    if not _C.mrf_packed_size(512):
+        pytest.skip("this processor has no product for packed labels")
+    rows = torch.empty(0, 512, dtype=torch.bfloat16)
+    _C.mrf_label_product(rows, mrf_pack(torch.zeros(512, 512).bfloat16()), rows.float(), 2)
+
+
+@pytest.mark.skipif(not _C.mrf_has_mix(), reason="this processor has no tiles")
+@pytest.mark.parametrize("v", [1, 31, 33, 127, 128, 300])
+def test_mix_by_tiles(v: int) -> None:
+    """Rounded once, for any number of positions and labels; threads change no bit."""
+    for r in (1, 2, 15, 16, 17, 31, 32, 33, 66, 70, 256, 257, 300):
+        weights, q = _random(r, r, seed=r).bfloat16(), _random(r, v, seed=v).bfloat16()
+        k = r // 2
+        others = _random(r, k, seed=3)
+        labels = torch.randint(0, v, (k,), generator=torch.Generator().manual_seed(r))
+        truth = (weights.double() @ q.double()).index_add_(1, labels, others.double())
+        results = []
+        for threads in (1, 2, 3):
+            message = torch.full((r, v), math.nan).bfloat16()
+            _C.mrf_mix(weights, q, others, labels, message, threads)
+            results.append(message)
+        scale = truth.abs() + 1e-3 * r**0.5
+        assert float(((results[0] - truth) / scale).abs().max()) < 2**-8 + 1e-4, r
+        assert all(torch.equal(results[0], other) for other in results[1:]), r
+
+
+def test_tiles_agree_with_avx512_bf16(run_python: Callable[..., str]) -> None:
+    """A whole inference, some positions known, is as near to float64 by either."""
+    from t2p_fast import build_info
+
+    if build_info()["isa"] != "amx":
+        pytest.skip("this processor has no tiles")
+    program = """
+import torch
+from t2p_fast import reference
+from t2p_fast.ops import mrf_mean_field, mrf_pack
+g = torch.Generator().manual_seed(0)
+n, v = 70, 1000
+f, w_s = 3 * torch.randn(2, n, v, generator=g), 0.1 * torch.randn(n, n, generator=g)
+w_c = torch.randn(v, v, generator=g).bfloat16()
+known = torch.randint(0, v, (2, n), generator=g)
+known[:, ::3] = -1
+for fixed in (None, known):
+    truth = reference.mrf_mean_field(f.double(), w_s.double(), w_c.double(), known=fixed)
+    q = mrf_mean_field(f, w_s, w_c, known=fixed, packed=mrf_pack(w_c))
+    assert float((q - truth).abs().max()) < 2e-2
+    assert float((q.argmax(-1) == truth.argmax(-1)).double().mean()) > 0.999
+    torch.set_num_threads(3 - torch.get_num_threads() % 3)
+    assert torch.equal(mrf_mean_field(f, w_s, w_c, known=fixed, packed=mrf_pack(w_c)), q)
+print("done")
+"""
+    for isa in ("avx512_bf16", "amx"):
+        assert run_python(program, T2P_ISA=isa).strip() == "done"
+
+
 def test_of_equals_the_likeliest_is_the_first() -> None:
     w_c = LowRank(torch.zeros(70, 2), torch.zeros(70, 2))
     f = torch.full((1, 3, 70), -1.0)

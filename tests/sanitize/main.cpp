@@ -254,6 +254,23 @@ void label_product(std::int64_t r, std::int64_t v) {
   }
 }
 
+// What positions of a picture hear, where the processor has tiles.
+void mix(std::int64_t r, std::int64_t k, std::int64_t v) {
+  if (!t2p::mrf::has_mix()) return;
+  std::vector<std::uint16_t> weights(r * r, 0x3c01), q(r * v), to(r * v), first;
+  std::mt19937 random(1);
+  for (std::uint16_t& value : q) value = static_cast<std::uint16_t>(random() % 0x4000);
+  const std::vector<float> others(r * k, 0.5f);
+  std::vector<std::int64_t> labels(k);
+  for (std::int64_t& label : labels) label = static_cast<std::int64_t>(random() % v);
+  const t2p::mrf::Mix mix{weights.data(), q.data(), others.data(), labels.data(), r, k, v};
+  for (int threads : {1, 2, 5}) {
+    t2p::mrf::mix_cpu(mix, threads, to.data());
+    if (threads == 1) first = to;
+    require(first == to, "the same messages for any number of threads");
+  }
+}
+
 // Two pictures, some of whose positions are known; arrays are as long as they have to be.
 void mrf_window(std::int64_t height, std::int64_t width, std::int64_t v, std::int64_t kh,
                 std::int64_t kw) {
@@ -377,7 +394,11 @@ int main() {
     mrf(5, 259, temperature);
   }
   label_product(13, 1023);
+  label_product(49, 500);
   for (std::int64_t rows : {5, 35, 261}) label_product(rows, 1024);
+  mix(1, 0, 1);
+  mix(33, 5, 300);
+  mix(260, 3, 97);
   mrf_window(1, 1, 1, 3, 3);
   mrf_window(5, 7, 65, 5, 3);
   mrf_window(3, 19, 130, 9, 9);

@@ -47,6 +47,7 @@ _HAS_BFLOAT16: bool = getattr(
     "_is_avx512_bf16_supported",
     lambda: _C.build_info()["isa"] in ("avx512_bf16", "amx"),
 )()
+_HAS_TILES: bool = _C.mrf_has_mix()
 
 
 class _Pictures:
@@ -70,18 +71,36 @@ class _Pictures:
         self.unary = scores[self.row]
         self.counts = (known < 0).sum(1).tolist()
 
-    def mix(self, w_s: Tensor, q: Tensor, into: Tensor) -> None:
-        """``W_s q`` of the unknown positions. A known one says a number for its label alone."""
+    def listen(self, w_s: Tensor) -> None:
+        """Sets the weights of `mix`: a picture's, and those of its known positions with labels."""
+        self.w_s, self.parts = w_s, []
+        self.by_tiles = _HAS_TILES and w_s.dtype == torch.bfloat16 and not w_s.is_cuda
+        none = torch.empty(0, dtype=torch.int64, device=w_s.device)
         if self.known is None:
-            shape = self.b, self.n, self.v
-            torch.matmul(w_s, q.view(shape), out=into.view(shape))
+            whole = w_s.contiguous(), w_s.new_empty(self.n, 0, dtype=torch.float32), none
+            self.counts, self.parts = [self.n] * self.b, [whole] * self.b
             return
-        parts = zip(self.known, q.split(self.counts), into.split(self.counts), strict=True)
-        for labels, part, to in parts:
+        for labels in self.known:
             free = labels < 0
-            away = w_s[free]
-            torch.mm(away[:, free], part, out=to)
-            to.index_add_(1, labels[~free], away[:, ~free])
+            away, fixed = w_s[free], ~free
+            weights, others = away[:, free], away[:, fixed]
+            if self.by_tiles:
+                weights, others = weights.contiguous(), others.float().contiguous()
+            self.parts.append((weights, others, labels[fixed]))
+
+    def mix(self, q: Tensor, into: Tensor, threads: int) -> None:
+        """``W_s q`` of the unknown positions. A known one says a number for its label alone."""
+        if self.known is None and not self.by_tiles:
+            shape = self.b, self.n, self.v
+            torch.matmul(self.w_s, q.view(shape), out=into.view(shape))
+            return
+        parts = zip(self.parts, q.split(self.counts), into.split(self.counts), strict=True)
+        for (weights, others, labels), part, to in parts:
+            if self.by_tiles:
+                _C.mrf_mix(weights, part, others, labels, to, threads)
+                continue
+            torch.mm(weights, part, out=to)
+            to.index_add_(1, labels, others)
 
     def fill(self, q: Tensor) -> Tensor:
         """The rows in their places, and known labels one-hot."""
@@ -175,6 +194,8 @@ def _mean_field(
     w_c, w_b = w_c.to(dtype), None if w_b is None else w_b.to(dtype)
     edges, matrix = _local_or_dense(w_s, begin, node, height, width, pictures.n)
     matrix = None if matrix is None else matrix.to(dtype)
+    if matrix is not None:
+        pictures.listen(matrix)
     transposed = w_c.t().contiguous() if candidates else None
 
     q, fresh, message, mixed = (empty(scores.shape, scores, dtype) for _ in range(4))
@@ -198,7 +219,7 @@ def _mean_field(
             if edges is not None:
                 _C.mrf_message(*edges, pictures.slot, pictures.row, q, mixed, threads)
             elif matrix is not None:
-                pictures.mix(matrix, q, mixed)
+                pictures.mix(q, mixed, threads)
             said: Tensor | None = None
             if potts:
                 said = mixed
