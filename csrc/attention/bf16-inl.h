@@ -12,6 +12,13 @@
 namespace t2p::attention::T2P_ISA_NAMESPACE {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
+// A bias as an exponent of 2; what is finite stays it, since masks are often the lowest number.
+T2P_INLINE float bias_exponent(float bias) {
+  return bias >= kLowest && kLog2E * bias < kLowest ? kLowest : kLog2E * bias;
+}
+
 // Scores become exponents of 2: multiplied by scale / ln 2 when weighed, or earlier if there is a
 // bias. A negative scale turns the signs of the queries round, for the largest score to stay it.
 class Pairs {
@@ -60,7 +67,7 @@ class Pairs {
 
   static F32 add_product(F32 sum, I32 a, I32 b) { return dot_bf16(sum, a, b); }
   F32 with_bias(F32 product, float bias) const {
-    return multiply_add(product, broadcast(scale_), broadcast(kLog2E * bias));
+    return multiply_add(product, broadcast(scale_), broadcast(bias_exponent(bias)));
   }
   F32 power(F32 difference) const { return exp2_coarse(mul(difference, broadcast(factor_))); }
 
@@ -86,7 +93,6 @@ class Pairs {
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
   static const std::uint16_t* at(const Rows& rows, std::int64_t batch, std::int64_t head,
                                  std::int64_t row) {
     return static_cast<const std::uint16_t*>(rows.data) + place(rows, batch, head, row);

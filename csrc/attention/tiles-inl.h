@@ -25,7 +25,7 @@ constexpr int kTogether = kMany ? 8 : 6;
 constexpr std::int64_t kBlock = kMany ? kKeys : 60;
 static_assert(kTile <= kMostLanes && kBlock <= kKeys && kTogether <= kMostTogether);
 
-constexpr float kLowest = -3.402823466e38f;
+constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_inff();
 
 T2P_INLINE std::int64_t place(const Rows& rows, std::int64_t batch, std::int64_t head,
                               std::int64_t row) {

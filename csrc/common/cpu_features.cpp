@@ -48,7 +48,7 @@ Isa detect() {
   constexpr std::uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;  // leaf 1, ecx
   constexpr std::uint32_t kAvx2 = 1u << 5;                                         // leaf 7, ebx
   constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;     // F, DQ, BW, VL
-  constexpr std::uint32_t kVnni = 1u << 11;                                        // leaf 7, ecx
+  constexpr std::uint32_t kVbmi = 1u << 1, kVnni = 1u << 11;                       // leaf 7, ecx
   constexpr std::uint32_t kBf16 = 1u << 5;                                         // leaf 7.1, eax
   constexpr std::uint64_t kYmmSaved = 0x6, kZmmSaved = 0xe6;
 
@@ -60,9 +60,10 @@ Isa detect() {
   if ((saved & kYmmSaved) != kYmmSaved || !(ebx & kAvx2)) return Isa::kScalar;
   if ((saved & kZmmSaved) != kZmmSaved || (ebx & kAvx512) != kAvx512) return Isa::kAvx2;
   if (!(ecx & kVnni)) return Isa::kAvx512;
+  const bool vbmi = ecx & kVbmi;
   const bool bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBf16);
   if (!bf16) return Isa::kAvx512Vnni;
-  return may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
+  return vbmi && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kScalar; }
@@ -71,8 +72,8 @@ Isa detect() { return Isa::kScalar; }
 Isa choose() {
   const char* wanted = std::getenv("T2P_ISA");
   if (wanted == nullptr || *wanted == '\0') return best_isa();
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16,
-                  Isa::kAmx}) {
+  for (Isa isa :
+       {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (std::string_view(wanted) != isa_name(isa)) continue;
     T2P_CHECK(isa <= best_isa(), "T2P_ISA=", wanted, " but this machine supports at most ",
               isa_name(best_isa()));

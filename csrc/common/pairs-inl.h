@@ -16,9 +16,7 @@ T2P_INLINE void pair_rows(const std::uint16_t* a, const std::uint16_t* b, std::i
     store(to + c, relu ? relu_bf16(pair) : pair);
   }
   if (c == channels) return;
-  std::uint16_t tail_a[kLanes] = {}, tail_b[kLanes] = {};
-  for (std::int64_t i = c; i < channels; ++i) tail_a[i - c] = a[i], tail_b[i - c] = b[i];
-  const I32 pair = pair_words(tail_a, tail_b);
+  const I32 pair = pair_words_first(a + c, b + c, static_cast<int>(channels - c));
   store(to + c, relu ? relu_bf16(pair) : pair);
 }
 

@@ -22,10 +22,14 @@
 // bytes of `a` may not exceed kLargestByte, nor those of `b` +-127.
 //
 // With AVX-512 BF16, pair_words puts 16 words of `a` and of `b` side by side in every lane, a's
-// lowest, dot_bf16 adds to every lane of a sum the two products of the bfloat16 in it, and
-// relu_bf16 takes the maximum with 0, or the NaN. join_bf16 rounds a and b to the nearest bfloat16
-// and puts a's below b's in every lane; exp2_coarse is 2^a for a <= 0 with a relative error below
-// 8e-5, enough for what is rounded to bfloat16 after.
+// lowest, and load_words_first reads up to 32 words; dot_bf16 adds to every lane of a sum the two
+// products of the bfloat16 in it, and relu_bf16 takes the maximum with 0, or the NaN. join_bf16
+// rounds a and b to the nearest bfloat16 and puts a's below b's in every lane; exp2_coarse is 2^a
+// for a <= 0 with a relative error below 8e-5, enough for what is rounded to bfloat16 after. With
+// AVX-512 VBMI, exp2_words is 2^x in bfloat16 with a relative error below 2^-7 (rounding alone:
+// 2^-8), for a and b that are 512 (x + 127) + 2 and x <= 0; below 2 and for NaN it is 0. Of every
+// eight words side by side four are a's and four b's.
+// sub_words, max_words and what else ends so take 32 unsigned numbers of 16 bits.
 //
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to

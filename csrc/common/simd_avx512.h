@@ -134,26 +134,33 @@ T2P_INLINE I32 reduce_max_each(const I32 (&a)[16]) {
   return {_mm512_max_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]),
                            _mm512_unpackhi_epi64(pairs[0], pairs[1]))};
 }
-T2P_INLINE F32 reduce_add_each(const F32 (&a)[16]) {
+template <class Combine>
+T2P_INLINE F32 reduce_each(const F32 (&a)[16], Combine combine) {
   __m512 quads[4];
   for (int i = 0; i < 4; ++i) {
     __m512 halves[2];
     for (int j = 0; j < 2; ++j) {
       const __m512 low = a[i + 8 * j].v, high = a[i + 8 * j + 4].v;
-      halves[j] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44),
-                                _mm512_shuffle_f32x4(low, high, 0xee));
+      halves[j] =
+          combine(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xee));
     }
-    quads[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                             _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+    quads[i] = combine(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                       _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
   }
   __m512 pairs[2];
   for (int i = 0; i < 2; ++i) {
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(quads[2 * i], quads[2 * i + 1]),
-                             _mm512_unpackhi_ps(quads[2 * i], quads[2 * i + 1]));
+    pairs[i] = combine(_mm512_unpacklo_ps(quads[2 * i], quads[2 * i + 1]),
+                       _mm512_unpackhi_ps(quads[2 * i], quads[2 * i + 1]));
   }
   const __m512d low = _mm512_castps_pd(pairs[0]), high = _mm512_castps_pd(pairs[1]);
-  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                        _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)))};
+  return {combine(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                  _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)))};
+}
+T2P_INLINE F32 reduce_add_each(const F32 (&a)[16]) {
+  return reduce_each(a, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+}
+T2P_INLINE F32 reduce_max_each(const F32 (&a)[16]) {
+  return reduce_each(a, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
 }
 T2P_INLINE F64 reduce_add_each(const F64 (&a)[8]) {
   __m512d quads[4], pairs[2];
@@ -247,9 +254,37 @@ T2P_INLINE I32 pair_words(const std::uint16_t* a, const std::uint16_t* b) {
       _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1));
 }
+T2P_INLINE I32 load_words_first(const std::uint16_t* p, int count) {
+  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), p)};
+}
+T2P_INLINE I32 pair_words_first(const std::uint16_t* a, const std::uint16_t* b, int count) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  return interleave_halves(
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, a)),
+                         _mm256_maskz_loadu_epi16(mask, b), 1));
+}
+T2P_INLINE void store_bf16_first(std::uint16_t* p, F32 a, int count) {
+  __m256i words;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), words);
+}
+T2P_INLINE bool all_finite_bf16(I32 a) {
+  const __m512i exponents = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(a.v, exponents), exponents) == 0;
+}
 T2P_INLINE I32 relu_bf16(I32 a) {
   const __mmask32 nan = _mm512_cmpgt_epu16_mask(a.v, _mm512_set1_epi16(-0x80));  // 0xFF80: -inf
   return {_mm512_mask_max_epi16(a.v, ~nan, a.v, _mm512_setzero_si512())};
+}
+template <int kBits>
+T2P_INLINE I32 shift_left_words(I32 a) {
+  return {_mm512_slli_epi16(a.v, kBits)};
+}
+T2P_INLINE I32 sub_words(I32 a, I32 b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+T2P_INLINE I32 max_words(I32 a, I32 b) { return {_mm512_max_epu16(a.v, b.v)}; }
+T2P_INLINE I32 min_words(I32 a, I32 b) { return {_mm512_min_epu16(a.v, b.v)}; }
+T2P_INLINE std::uint32_t bits_where_words_less(I32 a, I32 b) {
+  return _mm512_cmplt_epu16_mask(a.v, b.v);
 }
 T2P_INLINE F32 dot_bf16(F32 sum, I32 a, I32 b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
@@ -267,6 +302,19 @@ T2P_INLINE F32 exp2_coarse(F32 a) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326099f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992807f));
   return {_mm512_scalef_ps(p, _mm512_sub_ps(a.v, r))};
+}
+#endif
+#if defined(__AVX512VBMI__)
+T2P_INLINE I32 exp2_words(F32 a, F32 b) {
+  // 512 (1 + f - 2^f) at the middle of every 64th of an octave; 0 for no weight to be less.
+  alignas(64) static constexpr std::uint8_t kBelowLine[64] = {
+      0,  3,  5,  8,  10, 12, 14, 16, 18, 20, 22, 24, 25, 27, 28, 30, 31, 33, 34, 35, 36, 37,
+      38, 39, 40, 41, 42, 42, 43, 43, 43, 44, 44, 44, 44, 44, 44, 44, 43, 43, 42, 42, 41, 40,
+      39, 38, 37, 36, 35, 33, 32, 30, 28, 27, 25, 23, 21, 18, 16, 14, 11, 8,  5,  2};
+  const __m512i exponents = _mm512_packus_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+  const __m512i below = _mm512_maskz_permutexvar_epi8(
+      0x5555555555555555, _mm512_srli_epi16(exponents, 3), _mm512_load_si512(kBelowLine));
+  return {_mm512_srli_epi16(_mm512_sub_epi16(exponents, below), 2)};
 }
 #endif
 

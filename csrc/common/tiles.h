@@ -82,8 +82,8 @@ void add_product_bf16() {
     for (int j = 0; j < kTileRows; ++j) {
       float total[2] = {};
       for (int k = 0; k < kTileWords; ++k) {
-        total[k % 2] += half(tile_file[a].row[i][k / 2], k % 2) *
-                        half(tile_file[b].row[k / 2][j], k % 2);
+        total[k % 2] +=
+            half(tile_file[a].row[i][k / 2], k % 2) * half(tile_file[b].row[k / 2][j], k % 2);
       }
       float before;
       __builtin_memcpy(&before, &tile_file[sum].row[i][j], sizeof(before));

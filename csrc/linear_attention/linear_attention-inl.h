@@ -83,25 +83,18 @@ T2P_INLINE void apply_tile(const float* queries, const Attention& attention, con
   }
 }
 
+// The outputs of `count` queries, read into scratch in rows up to a multiple of kTileRows.
 template <Format format>
-void apply_format(const Attention& attention, const Head& head, std::int64_t begin,
-                  std::int64_t end, const float* state, float* queries, const Rows& out) {
+void apply_rows(const Attention& attention, const Head& head, std::int64_t row, std::int64_t count,
+                const float* state, const float* queries, const Rows& out) {
   const std::int64_t dp = head.dp, ep = head.ep;
-  const Read read = reader(attention.q.format, attention.feature);
-  const std::int64_t ahead_q = ahead(attention.q, attention.d, kRows);
-  for (std::int64_t row = begin; row < end; row += kTileRows) {
-    const std::int64_t count = end - row < kTileRows ? end - row : kTileRows;
-    read(attention.q, head, row, count, kTileRows, attention.d, nullptr, ahead_q, queries);
+  for (; count > 0; row += kTileRows, count -= kTileRows, queries += kTileRows * dp) {
     float factors[kTileRows];
     for (std::int64_t i = 0; i < kTileRows; ++i) {
       factors[i] = attention.normalize ? dot(queries + i * dp, state + dp * ep, dp) : 0.0f;
     }
     for (float& by : factors) by = factor(attention, by);
     const std::int64_t at = place(out, head, row);
-    // Else every first write to a line would wait for it.
-    for (std::int64_t i = kTileRows; i < 2 * kTileRows; ++i) {
-      prefetch_row(out, at + i * out.row, attention.e);
-    }
     std::int64_t c = 0;
     for (; c + kLanes < attention.e; c += 2 * kLanes) {
       apply_tile<format, 2>(queries, attention, head, state, c, factors, count, at, out);
@@ -109,6 +102,23 @@ void apply_format(const Attention& attention, const Head& head, std::int64_t beg
     if (c < attention.e) {
       apply_tile<format, 1>(queries, attention, head, state, c, factors, count, at, out);
     }
+  }
+}
+
+template <Format format>
+void apply_format(const Attention& attention, const Head& head, std::int64_t begin,
+                  std::int64_t end, const float* state, float* queries, const Rows& out) {
+  const Read read = reader(attention.q.format, attention.feature);
+  const std::int64_t ahead_q = ahead(attention.q, attention.d, kRows);
+  for (std::int64_t row = begin; row < end; row += kTileRows) {
+    const std::int64_t count = end - row < kTileRows ? end - row : kTileRows;
+    read(attention.q, head, row, count, kTileRows, attention.d, nullptr, ahead_q, queries);
+    // Else every first write to a line would wait for it.
+    const std::int64_t at = place(out, head, row);
+    for (std::int64_t i = kTileRows; i < 2 * kTileRows; ++i) {
+      prefetch_row(out, at + i * out.row, attention.e);
+    }
+    apply_rows<format>(attention, head, row, count, state, queries, out);
   }
 }
 
@@ -150,7 +160,18 @@ void scan(const Attention& attention, const Head& head, std::int64_t begin, std:
 }
 
 }  // namespace
+}  // namespace t2p::linear_attention::T2P_ISA_NAMESPACE
 
+#if defined(T2P_AMX)
+#include "linear_attention/amx-inl.h"
+#endif
+
+namespace t2p::linear_attention::T2P_ISA_NAMESPACE {
+
+#if defined(T2P_AMX)
+const Kernels kKernels = {accumulate_on_tiles, apply_on_tiles, scan, backward};
+#else
 const Kernels kKernels = {accumulate, apply, scan, backward};
+#endif
 
 }  // namespace t2p::linear_attention::T2P_ISA_NAMESPACE

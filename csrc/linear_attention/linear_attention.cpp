@@ -134,7 +134,7 @@ void add(const float* from, std::int64_t count, float* to) {
 }  // namespace
 
 void forward_cpu(const Attention& attention, int threads, const Rows& out, float* state) {
-  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
+  const Kernels& kernels = T2P_AMX_DISPATCH_BF16(kKernels);
   const std::int64_t heads = attention.s * attention.h;
   if (heads == 0) return;
   const std::int64_t dp = padded(attention.d), ep = padded(attention.e), size = dp * ep + dp;
@@ -197,7 +197,7 @@ void forward_cpu(const Attention& attention, int threads, const Rows& out, float
 }
 
 void backward_cpu(const Attention& attention, int threads, const Gradients& gradients) {
-  const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
+  const Kernels& kernels = T2P_AMX_DISPATCH_BF16(kKernels);
   parallel_for(threads, attention.s * attention.h, [&](std::int64_t task) {
     const Head head = head_of(attention, task);
     thread_local Buffer<float> initial, grad, factors;

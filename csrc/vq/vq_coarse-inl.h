@@ -19,7 +19,7 @@ namespace {
 
 // Panels are scanned in groups: the maxima of a tile's rows are only stored, and looked at once per
 // group. With few channels all of it stays in the L1 cache, with many in the L2.
-constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31;
+constexpr int kMaxCoarseGroup = 16, kMaxGroupVectors = 31, kMaxTileVectors = 12;
 constexpr std::int64_t kCoarseGroupBytes = 160 * 1024;
 // Lanes of a panel, at most, that are noted for a row before it is given up.
 constexpr int kMaxCandidates = 128;
@@ -27,12 +27,14 @@ constexpr int kMaxCandidates = 128;
 // scored again if it passes; else what it takes to keep them apart is little.
 constexpr std::int64_t kFewChannels = 64;
 T2P_INLINE bool merge_lanes(std::int64_t d, std::int64_t panels) {
-  return d <= kFewChannels && panels > 6 + d / 4;
+  return d < kLeastTileChannels && d <= kFewChannels && panels > 6 + d / 4;
 }
 
 T2P_INLINE int coarse_group(std::int64_t d, bool merged) {
   const std::int64_t fitting = kCoarseGroupBytes / (kCoarseCodes * d);
-  const int most = merged ? kMaxCoarseGroup : kMaxGroupVectors / kCoarseVectors;
+  const int most = merged                    ? kMaxCoarseGroup
+                   : d >= kLeastTileChannels ? kMaxTileVectors / kCoarseVectors
+                                             : kMaxGroupVectors / kCoarseVectors;
   return static_cast<int>(fitting < 4 ? 4 : smaller(fitting, most));
 }
 
@@ -65,6 +67,9 @@ class ByteSearch {
       candidates_[i] = rows_.bounds(i).margin[i % kLanes] < 0 ? kGivenUp : 0;
     }
     const int group = coarse_group(codebook_.d, merged_), kept = merged_ ? 1 : kCoarseVectors;
+#if defined(T2P_AMX)
+    if (rows_.tiled()) return scan_tiles(count, group);
+#endif
     alignas(64) Maxima maxima[kLanes];
     for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
       const int size = static_cast<int>(smaller(group, panels_.end - p));
@@ -94,10 +99,32 @@ class ByteSearch {
     }
   }
 
+#if defined(T2P_AMX)
+  void scan_tiles(std::int64_t count, int group) {
+    const tiles::TilesInUse in_use;
+    alignas(64) Maxima maxima[2 * kLanes];
+    TileCodes vectors[kMaxTileVectors];
+    for (std::int64_t p = panels_.begin; p < panels_.end; p += group) {
+      const int size = static_cast<int>(smaller(group, panels_.end - p));
+      for (std::int64_t i = 0; i < count; i += 2 * kLanes) {
+        for (int q = 0; q < size; ++q) {
+          for (int v = 0; v < kCoarseVectors; ++v) {
+            rows_.tile_codes(p + q, v, i, vectors[q * kCoarseVectors + v]);
+          }
+          if (p + group + q < panels_.end) rows_.prefetch(p + group + q, i / (2 * kLanes));
+        }
+        rows_.score_groups(i, vectors, size * kCoarseVectors, maxima[0][0], sizeof(Maxima));
+        for (std::int64_t j = i; j < smaller(count, i + 2 * kLanes); j += kLanes) {
+          collect(maxima + (j - i), size * kCoarseVectors, p * kCoarseVectors, j);
+        }
+      }
+    }
+  }
+#endif
+
   // Notes the lanes of a group of panels, or of their vectors, that may hold the nearest codes of
   // the rows [i, i + kLanes). Past the first group there are hardly any.
-  T2P_INLINE void collect(const Maxima (&maxima)[kLanes], int size, std::int64_t first,
-                          std::int64_t i) {
+  T2P_INLINE void collect(const Maxima* maxima, int size, std::int64_t first, std::int64_t i) {
     I32 largest[kLanes];
     for (int m = 0; m < kLanes; ++m) {
       largest[m] = load(maxima[m][0]);
@@ -242,8 +269,8 @@ class ByteSearch {
 };
 
 std::int64_t coarse_scratch_size(std::int64_t d) {
-  const std::int64_t steps = d > kMaxWordChannels ? coarse_steps<Bytes>(d) : coarse_steps<Words>(d);
-  return kCoarseBlockRows * (4 * steps + d * std::int64_t{sizeof(float)});
+  return d > kMaxWordChannels ? RoundedRows<Bytes>::scratch_size(d)
+                              : RoundedRows<Words>::scratch_size(d);
 }
 
 void coarse_block(const Codebook& codebook, const CoarseCodebook& coarse,

@@ -72,6 +72,21 @@ T2P_INLINE void load_channels(const float* p, std::int64_t stride, std::int64_t 
   }
 }
 
+// As they lie in memory: with tiles, steps of bytes are filled up with zeros to those of whole
+// tiles.
+constexpr std::int64_t kTileSteps = 16;
+#if defined(T2P_AMX)
+constexpr std::int64_t kLeastTileChannels = 49;
+#else
+constexpr std::int64_t kLeastTileChannels = INT64_MAX;
+#endif
+template <class Integers>
+T2P_INLINE std::int64_t stored_steps(std::int64_t d) {
+  const std::int64_t steps = coarse_steps<Integers>(d);
+  if (Integers::kChannels != 4 || d < kLeastTileChannels) return steps;
+  return (steps + kTileSteps - 1) / kTileSteps * kTileSteps;
+}
+
 // Rounds kLanes vectors, and measures them and what rounding did.
 struct Rounding {
   F32 step, per_step;
@@ -100,7 +115,7 @@ struct Rounding {
 
 std::int64_t coarse_panel_bytes(Format format, std::int64_t d) {
   const std::int64_t steps =
-      format == Format::kWords ? coarse_steps<Words>(d) : coarse_steps<Bytes>(d);
+      format == Format::kWords ? stored_steps<Words>(d) : stored_steps<Bytes>(d);
   return steps * kCoarseCodes * 4;
 }
 
@@ -134,6 +149,8 @@ T2P_INLINE void pack_integers(const Codebook& codebook, std::int64_t first, std:
                               float& largest_half_norm, float& largest_rounding) {
   const std::int64_t d = codebook.d, steps = coarse_steps<Integers>(d);
   constexpr std::int64_t kStride = 4 * kCoarseCodes;
+  __builtin_memset(panel + steps * kStride, 0,
+                   static_cast<std::size_t>((stored_steps<Integers>(d) - steps) * kStride));
   for (std::int64_t j = 0; j < kCoarseCodes; j += kLanes) {
     Rounding rounding{broadcast(scale), broadcast(1 / scale)};
     std::uint8_t* to = panel + 4 * j;

@@ -46,7 +46,7 @@ void pack_codes(const float* codes, std::int64_t k, std::int64_t d, Metric metri
   Buffer<float> directions;
   if (metric == Metric::kCosine) directions = normalize(codes, k, d, threads);
   const float* scored = metric == Metric::kCosine ? directions.data() : codes;
-  pack(T2P_DISPATCH(kSearch), {.metric = metric, .codes = codes, .scored = scored, .k = k, .d = d},
+  pack(T2P_AMX_DISPATCH(kSearch), {.metric = metric, .codes = codes, .scored = scored, .k = k, .d = d},
        threads, packed);
 }
 
@@ -133,7 +133,7 @@ void pack(const SearchKernels& kernels, Codebook codebook, int threads, std::uin
 
 std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, Metric metric,
                          int threads) {
-  const SearchKernels& kernels = T2P_DISPATCH(kSearch);
+  const SearchKernels& kernels = T2P_AMX_DISPATCH(kSearch);
   Crowd crowd;
   return crowd.find(codebook, k, d, metric, threads)
              ? CrowdLayout(kernels, crowd.others, crowd.near, d).size
@@ -142,7 +142,7 @@ std::int64_t packed_size(const float* codebook, std::int64_t k, std::int64_t d, 
 
 void pack_cpu(const float* codebook, std::int64_t k, std::int64_t d, Metric metric, int threads,
               std::uint8_t* packed, std::int64_t size) {
-  const SearchKernels& kernels = T2P_DISPATCH(kSearch);
+  const SearchKernels& kernels = T2P_AMX_DISPATCH(kSearch);
   Crowd crowd;
   const bool crowded = crowd.find(codebook, k, d, metric, threads);
   const CrowdLayout layout(kernels, crowd.others, crowd.near, d);

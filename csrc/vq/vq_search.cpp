@@ -151,7 +151,7 @@ struct Codes {
 // Both stages. Gives what was compared, in float64, and the code's number in the codebook.
 void search(const Rows<const float>& x, const Codes& codes, Metric metric, int threads,
             double* exact, std::int64_t* indices) {
-  const SearchKernels& kernels = T2P_DISPATCH(kSearch);
+  const SearchKernels& kernels = T2P_AMX_DISPATCH(kSearch);
   const std::int64_t n = x.count(), d = x.d, k = codes.k;
   Codebook prepared{
       .metric = metric, .codes = codes.values, .scored = codes.values, .k = k, .d = d};
@@ -282,7 +282,7 @@ void nearest_cpu(const Rows<const float>& x, const float* codebook, std::int64_t
   Crowd crowd;
   if (packed && header_of(packed).others) {
     const PackedHeader header = header_of(packed);
-    const CrowdLayout layout(T2P_DISPATCH(kSearch), header.others, header.near, d);
+    const CrowdLayout layout(T2P_AMX_DISPATCH(kSearch), header.others, header.near, d);
     const Codes others{at<float>(packed, layout.other_codes),
                        at<std::int64_t>(packed, layout.other_index), header.others,
                        packed + layout.others};

@@ -106,6 +106,50 @@ print("right")
     assert run_python(program.replace("LEVEL", repr(level)), T2P_ISA=level).strip() == "right"
 
 
+@pytest.mark.parametrize("m", [1, 16, 31, 33, 255, 257])
+@pytest.mark.parametrize("n", [16, 31, 33, 127, 128, 129, 260])
+def test_sizes_around_tiles(m: int, n: int) -> None:
+    """Tiles hold 16 queries, 16 keys and 32 channels, blocks 128 keys, tasks 256 queries."""
+    for d, e in ((31, 15), (32, 16), (33, 17), (96, 47), (64, 48)):
+        q, k, v = _case(1, 2, m, n, d, e, seed=m + n, dtype=torch.bfloat16)
+        truth = reference.attention(q.double(), k.double(), v.double())
+        _assert_close(attention(q, k, v), truth, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_and_infinite_numbers(dtype: torch.dtype) -> None:
+    """They reach the queries and keys that hold them, and no bit of the others."""
+    q, k, v = _case(1, 3, 70, 150, 40, 40, dtype=dtype)
+    clean = attention(q, k, v)
+    truth = reference.attention(q.double(), k.double(), v.double())
+    q[0, 0, 5, 0] = torch.inf
+    q[0, 0, 40] *= 1000
+    v[0, 1, 140, 7] = torch.inf
+    ours = attention(q, k, v)
+    assert ours[0, 0, 5].isnan().all()
+    best = (q[0, 0, 40].double() @ k[0, 0].double().mT).argmax()
+    _assert_close(ours[0, 0, 40], v[0, 0, best].double(), v[0, 0])
+    assert (ours[0, 1, :, 7] == torch.inf).all()
+    ours[0, 0, 5], ours[0, 0, 40], ours[0, 1, :, 7] = (
+        clean[0, 0, 5], clean[0, 0, 40], clean[0, 1, :, 7],
+    )  # fmt: skip
+    assert torch.equal(ours, clean)
+    # As masks have it: the lowest number, not -inf, even for all keys of a query.
+    bias = torch.zeros(1, 150)
+    bias[:, 100:] = torch.finfo(torch.float32).min
+    q, k, v = _case(1, 3, 70, 150, 40, 40, dtype=dtype)
+    _assert_close(
+        attention(q, k, v, bias=bias),
+        reference.attention(q.double(), k[:, :, :100].double(), v[:, :, :100].double()), v,
+    )  # fmt: skip
+    _assert_close(
+        attention(q, k, v, bias=torch.full_like(bias, torch.finfo(torch.float32).min)),
+        v.double().mean(2, keepdim=True).expand_as(truth), v,
+    )  # fmt: skip
+    bias[0, 3] = torch.nan
+    assert attention(q, k, v, bias=bias).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_neighbours_change_no_bit(dtype: torch.dtype) -> None:
     q, k, v = _case(2, 3, 600, 130, 40, 40, dtype=dtype)

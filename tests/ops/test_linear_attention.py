@@ -298,12 +298,13 @@ def test_linear_attention_extremes(dtype: torch.dtype) -> None:
 @pytest.mark.not_emulated(reason="about the instructions of a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_linear_attention_keeps_nan_of_either_sign(dtype: torch.dtype, sign: float) -> None:
+@pytest.mark.parametrize("n", [9, 40])
+def test_linear_attention_keeps_nan_of_either_sign(n: int, dtype: torch.dtype, sign: float) -> None:
     nan = torch.copysign(torch.tensor(torch.nan, dtype=dtype), torch.tensor(sign, dtype=dtype))
     assert nan.isnan()
     assert bool(nan.signbit()) == (sign < 0)
     for place in (3, 4):
-        q, k, v, _ = _case(1, 2, 9, 9, 32, 32, dtype=dtype)
+        q, k, v, _ = _case(1, 2, n, n, 32, 32, dtype=dtype)
         k[0, 1, place, 5] = nan
         out = linear_attention(q, k, v)
         assert out[:, 1].isnan().all()
@@ -311,6 +312,52 @@ def test_linear_attention_keeps_nan_of_either_sign(dtype: torch.dtype, sign: flo
         q[0, 0, place, 2] = nan
         rows = linear_attention(q, k, v)[0, 0].isnan().any(-1)
         assert rows.nonzero().flatten().tolist() == [place]
+
+
+@pytest.mark.not_emulated(reason="about the instructions of a CPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-60, 2.0**60])
+def test_linear_attention_few_numbers_far_from_1(
+    factor: float, dtype: torch.dtype, causal: bool
+) -> None:
+    """Tiles cannot multiply them to the last bit of float32, so what is near them goes without."""
+    for which in range(3):
+        x = list(_case(1, 2, 330, 330, 48, 40, dtype=dtype)[:3])
+        x[which][:, :, 70:75] *= factor
+        x[which][:, :, 200, ::3] *= factor
+        truth, state_truth = reference.linear_attention(
+            *(t.double() for t in x), causal=causal, eps=0.0
+        )
+        out, state = linear_attention(*x, causal=causal, eps=0.0, return_state=True)
+        _assert_close(out, truth, dtype, 378)
+        _assert_close(state, state_truth, steps=330)
+
+
+@pytest.mark.not_emulated(reason="about the instructions of a CPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_linear_attention_heads_beside_each_other(dtype: torch.dtype, causal: bool) -> None:
+    """How many heads a thread takes at once depends on the threads, the bits do not."""
+    q, k, v, _ = (x.transpose(1, 2).contiguous() for x in _case(1, 40, 330, 330, 16, 16, 0, dtype))
+    k[:, 100, ::3] = 65504.0
+    k[:, 170, 7], v[:, 171, 8], q[:, 240, 9] = torch.inf, torch.nan, torch.inf
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(linear_attention(q, k, v, causal=causal, return_state=True,
+                                            layout="bnhd"))  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        for ours, first in zip(found, results[0], strict=True):
+            torch.testing.assert_close(ours, first, rtol=0, atol=0, equal_nan=True)
+    for head in (0, 1, 9) if causal else (0, 1, 7, 8, 9):
+        alone = (x.transpose(1, 2)[:, head : head + 1] for x in (q, k, v))
+        out, _ = reference.linear_attention(*(x.double() for x in alone), causal=causal)
+        ours = results[0][0][:, :, head].double()
+        assert torch.equal(ours.isfinite(), out[:, 0].isfinite())
 
 
 def test_linear_attention_keeps_nan(device: torch.device) -> None:

@@ -150,11 +150,13 @@ void layers() {
     attention(1, 1, 1, 1, format);
     attention(33, 66, 7, 33, format);
     attention(300, 131, 40, 20, format);
+    attention(65, 288, 64, 80, format);
   }
   for (auto format : {t2p::Format::kF32, t2p::Format::kBf16, t2p::Format::kF16}) {
     for (bool causal : {false, true}) {
       linear_attention(1, 1, 1, causal, format);
       linear_attention(67, 33, 20, causal, format);
+      linear_attention(331, 48, 40, causal, format);
       linear_attention(1030, 8, 17, causal, format);
     }
   }

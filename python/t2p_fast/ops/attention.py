@@ -125,8 +125,9 @@ def attention(
     On a CPU without gradients, up to 512 channels, by our kernels: sums in float32, in an order
     that depends on the shapes alone. There, on a processor with AVX512-BF16, weights of bfloat16
     queries are rounded to bfloat16 for their products with values, as torch does, and numbers below
-    2^-126 may count as 0. Everything else is torch's `scaled_dot_product_attention`: on a GPU, in
-    float64, under autocast, and where a gradient is wanted.
+    2^-126 may count as 0; with AMX they are known to 2^-7, and their sum is that of rounded ones.
+    Everything else is torch's `scaled_dot_product_attention`: on a GPU, in float64, under autocast,
+    and where a gradient is wanted.
 
     Args:
         q: ``[b, h, m, d]``, or ``[b, m, h, d]`` with `layout` "bnhd".
