@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product with dense label weights in bfloat16.
 //
-// With AMX it is made by tiles (mrf_tiles.cpp). Else,
-// from some dozens of rows on, it is made by halves (V. Strassen, Gaussian elimination is not
-// optimal, 1969): rows, labels and columns are halved, and seven products of quarters and of their
-// sums take the place of eight. Sums are rounded to bfloat16 too. So that no row or label loses to
-// a neighbour of larger numbers, each is first brought to magnitudes of 1 to 2 by a power of two,
-// which is exact (G. Ballard et al., Improving the numerical stability of fast matrix
-// multiplication, 2016, section 5: outside scaling).
+// With AMX it is made by tiles (mrf_tiles.cpp). Else, from some dozens of rows on, it is made by
+// halves (V. Strassen, Gaussian elimination is not optimal, 1969): rows, labels and columns are
+// halved, and seven products of quarters and of their sums take the place of eight. Sums are
+// rounded to bfloat16 too. So that no row or label loses to a neighbour of larger numbers, each is
+// first brought to magnitudes of 1 to 2 by a power of two, which is exact (G. Ballard et al.,
+// Improving the numerical stability of fast matrix multiplication, 2016, section 5: outside
+// scaling).
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -269,8 +269,8 @@ void pack_labels_cpu(const std::uint16_t* w_c, std::int64_t v, int threads, std:
 
 void label_product_cpu(const std::uint16_t* rows, const std::int32_t* packed, std::int64_t r,
                        std::int64_t v, int threads, float* message) {
-  // By halves with as many rows as pay, and as many at a time as have their place in a cache.
   if (tile_kernels()) return label_product_by_tiles(rows, packed, r, v, threads, message);
+  // By halves with as many rows as pay, and as many at a time as have their place in a cache.
   constexpr std::int64_t kLeastRows = 32, kChunk = 256;
   const Kernels& kernels = T2P_DISPATCH_BF16(kKernels);
   const Layout layout{v};

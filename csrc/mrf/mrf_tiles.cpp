@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product with dense label weights in bfloat16, by the tiles of AMX, of labels as
-// mrf_product.cpp packs them.
+// Products in bfloat16 by the tiles of AMX: with dense label weights, as mrf_product.cpp packs
+// them, and with weights of pairs of positions.
 #include <algorithm>
 
 #include "common/block_cache.h"

@@ -31,6 +31,7 @@ from t2p_fast.ops.mrf_graph import (
     edge_starts,
     grid_edges,
 )
+from t2p_fast.ops.mrf_pictures import Pictures
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
 from t2p_fast.ops.mrf_window import plain_window_mean_field, window_mean_field
 
@@ -47,73 +48,6 @@ _HAS_BFLOAT16: bool = getattr(
     "_is_avx512_bf16_supported",
     lambda: _C.build_info()["isa"] in ("avx512_bf16", "amx"),
 )()
-_HAS_TILES: bool = _C.mrf_has_mix()
-
-
-class _Pictures:
-    """The positions that are to be found, as rows of one matrix, and which picture each is of."""
-
-    def __init__(self, unary: Tensor, known: Tensor | None) -> None:
-        self.b, self.n, self.v = unary.shape
-        everywhere = torch.arange(self.b * self.n, device=unary.device)
-        scores = unary.float().contiguous().view(-1, self.v)
-        if known is None:
-            self.known = None
-            self.slot = self.row = everywhere
-            self.unary = scores
-            return
-        check_labels_known(known, self.v)
-        # On CUDA, where finding out would mean to wait, an index out of range must still not be.
-        self.known = known = known.clamp_max(self.v - 1)
-        flat = known.flatten()
-        self.row = (flat < 0).nonzero()[:, 0]
-        self.slot = torch.where(flat < 0, (flat < 0).cumsum(0) - 1, -1 - flat)
-        self.unary = scores[self.row]
-        self.counts = (known < 0).sum(1).tolist()
-
-    def listen(self, w_s: Tensor) -> None:
-        """Sets the weights of `mix`: a picture's, and those of its known positions with labels."""
-        self.w_s, self.parts = w_s, []
-        self.by_tiles = _HAS_TILES and w_s.dtype == torch.bfloat16 and not w_s.is_cuda
-        none = torch.empty(0, dtype=torch.int64, device=w_s.device)
-        if self.known is None:
-            whole = w_s.contiguous(), w_s.new_empty(self.n, 0, dtype=torch.float32), none
-            self.counts, self.parts = [self.n] * self.b, [whole] * self.b
-            return
-        for labels in self.known:
-            free = labels < 0
-            away, fixed = w_s[free], ~free
-            weights, others = away[:, free], away[:, fixed]
-            if self.by_tiles:
-                weights, others = weights.contiguous(), others.float().contiguous()
-            self.parts.append((weights, others, labels[fixed]))
-
-    def mix(self, q: Tensor, into: Tensor, threads: int) -> None:
-        """``W_s q`` of the unknown positions. A known one says a number for its label alone."""
-        if self.known is None and not self.by_tiles:
-            shape = self.b, self.n, self.v
-            torch.matmul(self.w_s, q.view(shape), out=into.view(shape))
-            return
-        one = self.b == 1
-        rows, places = ([q], [into]) if one else (q.split(self.counts), into.split(self.counts))
-        parts = zip(self.parts, rows, places, strict=True)
-        for (weights, others, labels), part, to in parts:
-            if self.by_tiles:
-                _C.mrf_mix(weights, part, others, labels, to, threads)
-                continue
-            torch.mm(weights, part, out=to)
-            to.index_add_(1, labels, others)
-
-    def fill(self, q: Tensor) -> Tensor:
-        """The rows in their places, and known labels one-hot."""
-        if self.known is None:
-            return q.view(self.b, self.n, self.v)
-        full = q.new_zeros(self.b * self.n, self.v)
-        full[self.row] = q
-        flat = self.known.flatten()
-        fixed = (flat >= 0).nonzero()[:, 0]
-        full[fixed, flat[fixed]] = 1
-        return full.view(self.b, self.n, self.v)
 
 
 def _low_rank(
@@ -185,7 +119,7 @@ def _mean_field(
         by_window = window_mean_field(unary, grid, scale, known, iterations, temperature)
         if by_window is not None:
             return by_window
-    pictures, threads = _Pictures(unary, known), torch.get_num_threads()
+    pictures, threads = Pictures(unary, known), torch.get_num_threads()
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
     if not scores.is_cuda and not _HAS_BFLOAT16:
