@@ -46,8 +46,8 @@ void pack_codes(const float* codes, std::int64_t k, std::int64_t d, Metric metri
   Buffer<float> directions;
   if (metric == Metric::kCosine) directions = normalize(codes, k, d, threads);
   const float* scored = metric == Metric::kCosine ? directions.data() : codes;
-  pack(T2P_AMX_DISPATCH(kSearch), {.metric = metric, .codes = codes, .scored = scored, .k = k, .d = d},
-       threads, packed);
+  pack(T2P_AMX_DISPATCH(kSearch),
+       {.metric = metric, .codes = codes, .scored = scored, .k = k, .d = d}, threads, packed);
 }
 
 }  // namespace
