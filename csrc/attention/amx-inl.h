@@ -13,6 +13,7 @@
 
 #include "attention/bf16-inl.h"
 #include "common/tiles.h"
+#include "common/transpose-inl.h"
 
 namespace t2p::attention::T2P_ISA_NAMESPACE {
 namespace {
@@ -64,17 +65,6 @@ T2P_INLINE bool copy_row(const std::uint16_t* from, std::int64_t count, std::int
   return finite;
 }
 
-// 16 rows of 32 words as the right side of a product: pairs of words become columns.
-void transpose_tile(const std::int32_t* rows, std::int64_t stride, std::int32_t* to) {
-  const float* pairs = reinterpret_cast<const float*>(rows);
-  for (int c = 0; c < kTileRows; c += 4) {
-    F32 quads[4];
-    for (int i = 0; i < 4; ++i) quads[i] = load_quads(pairs + i * stride + c, 4 * stride);
-    transpose_quads(quads);
-    for (int i = 0; i < 4; ++i) store(to + (c + i) * 16, as_i32(quads[i]));
-  }
-}
-
 void prepare(const Attention& attention, std::int64_t batch, std::int64_t head, std::int64_t first,
              std::int32_t* to) {
   alignas(64) std::int32_t rows[kTileRows * kMostChannels / 2];
@@ -89,7 +79,8 @@ void prepare(const Attention& attention, std::int64_t batch, std::int64_t head, 
     if (j % kTileRows != kTileRows - 1) continue;
     std::int32_t* tile = block.keys + j / kTileRows * sizes.steps * kTileSize;
     for (std::int64_t s = 0; s < sizes.steps; ++s) {
-      transpose_tile(rows + s * 16, words, tile + s * kTileSize);
+      // Rows of 32 words as the right side of a product: pairs of words become columns.
+      transpose_square(rows + s * 16, words, tile + s * kTileSize, 16);
     }
   }
   const std::int64_t e = attention.e;

@@ -12,7 +12,6 @@
 
 #include <cstdint>
 
-#include "common/half.h"
 #include "common/isa.h"
 
 namespace t2p::tiles {
@@ -75,21 +74,22 @@ void add_product_bytes() {
 template <int sum, int a, int b>
 void add_product_bf16() {
   const auto half = [](std::int32_t pair, int k) {
-    const auto word = static_cast<std::uint16_t>(static_cast<std::uint32_t>(pair) >> (k * 16));
-    return (word & 0x7f80) == 0 ? 0.0f : bfloat16_to_float(word);
+    const std::uint32_t word = k == 0 ? static_cast<std::uint32_t>(pair) << 16
+                                      : static_cast<std::uint32_t>(pair) & 0xffff0000;
+    float value;
+    __builtin_memcpy(&value, &word, sizeof(value));
+    return (word & 0x7f800000) == 0 ? 0.0f : value;
   };
   for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < kTileRows; ++j) {
-      float total[2] = {};
-      for (int k = 0; k < kTileWords; ++k) {
-        total[k % 2] +=
-            half(tile_file[a].row[i][k / 2], k % 2) * half(tile_file[b].row[k / 2][j], k % 2);
-      }
-      float before;
-      __builtin_memcpy(&before, &tile_file[sum].row[i][j], sizeof(before));
-      before += total[0] + total[1];
-      __builtin_memcpy(&tile_file[sum].row[i][j], &before, sizeof(before));
+    float total[2][kTileRows] = {}, before[kTileRows];
+    for (int k = 0; k < kTileWords; ++k) {
+      const float left = half(tile_file[a].row[i][k / 2], k % 2);
+      const std::int32_t* right = tile_file[b].row[k / 2];
+      for (int j = 0; j < kTileRows; ++j) total[k % 2][j] += left * half(right[j], k % 2);
     }
+    __builtin_memcpy(before, tile_file[sum].row[i], sizeof(before));
+    for (int j = 0; j < kTileRows; ++j) before[j] += total[0][j] + total[1][j];
+    __builtin_memcpy(tile_file[sum].row[i], before, sizeof(before));
   }
 }
 

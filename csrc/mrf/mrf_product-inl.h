@@ -7,24 +7,13 @@
 #pragma once
 
 #include "common/simd.h"
+#include "common/transpose-inl.h"
 #include "mrf/kernels.h"
 
 namespace t2p::mrf::T2P_ISA_NAMESPACE {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;  // labels
-
-// 16 rows and 16 pairs of W_c as [16 pairs, kPanel], `to` being in the left or right half of it.
-T2P_INLINE void turn(const std::int32_t* from, std::int64_t stride, std::int32_t* to) {
-  for (int c = 0; c < kLanes; c += 4) {
-    F32 quads[4];
-    for (int i = 0; i < 4; ++i) {
-      quads[i] = load_quads(reinterpret_cast<const float*>(from + i * stride + c), 4 * stride);
-    }
-    transpose_quads(quads);
-    for (int i = 0; i < 4; ++i) store(to + (c + i) * kPanel, as_i32(quads[i]));
-  }
-}
 
 // The pair number p of a row of v words.
 T2P_INLINE std::int32_t pair_of(const std::uint16_t* row, std::int64_t v, std::int64_t p) {
@@ -39,7 +28,7 @@ void pack_labels(const std::uint16_t* w_c, std::int64_t v, std::int64_t label, s
       const std::int64_t begin = label + half;
       if (v % 2 == 0 && begin + kLanes <= v && first + p + kLanes <= v / 2) {
         const auto* words = reinterpret_cast<const std::int32_t*>(w_c) + begin * (v / 2);
-        turn(words + first + p, v / 2, to + p * kPanel + half);
+        transpose_square(words + first + p, v / 2, to + p * kPanel + half, kPanel);
         continue;
       }
       std::int32_t block[kLanes * kLanes] = {};
@@ -48,7 +37,7 @@ void pack_labels(const std::uint16_t* w_c, std::int64_t v, std::int64_t label, s
           block[i * kLanes + j] = pair_of(w_c + (begin + i) * v, v, first + p + j);
         }
       }
-      turn(block, kLanes, to + p * kPanel + half);
+      transpose_square(block, kLanes, to + p * kPanel + half, kPanel);
     }
   }
 }

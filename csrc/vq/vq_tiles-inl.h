@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows and codes in bytes, multiplied by tiles. Included by vq_coarse-inl.h at the level amx.
+// Rows and codes in bytes, multiplied by tiles. Included by vq_rows-inl.h at the level amx.
 //
 // A panel as it lies, four channels of a code side by side, is three right sides next to each
 // other for every 64 channels. Rows become left sides: 64 channels of one row side by side.
@@ -9,6 +9,7 @@
 
 #include "common/simd.h"
 #include "common/tiles.h"
+#include "common/transpose-inl.h"
 #include "vq/vq_integers-inl.h"
 
 namespace t2p::vq::T2P_ISA_NAMESPACE {
@@ -16,19 +17,11 @@ namespace {
 
 static_assert(kLanes == tiles::kTileRows && kCoarseVectors == 3);
 
-// to [kLanes, stride] = steps [tile steps, kLanes] of four bytes, transposed.
+// Rows, [steps, kLanes] of four channels each, as left sides [kLanes, steps].
 T2P_INLINE void turn_steps(const std::uint8_t* from, std::int64_t steps, std::uint8_t* to) {
   for (std::int64_t s = 0; s < steps; s += kTileSteps) {
-    const auto* block = reinterpret_cast<const float*>(from) + s * kLanes;
-    auto* turned = reinterpret_cast<float*>(to) + s;
-    for (int r = 0; r < kLanes; r += 4) {
-      F32 quads[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) quads[i] = load_quads(block + i * kLanes + r, 4 * kLanes);
-      transpose_quads(quads);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store(turned + (r + i) * steps, quads[i]);
-    }
+    transpose_square(reinterpret_cast<const std::int32_t*>(from) + s * kLanes, kLanes,
+                     reinterpret_cast<std::int32_t*>(to) + s, steps);
   }
 }
 

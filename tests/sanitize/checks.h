@@ -13,3 +13,6 @@ inline void require(bool condition, const char* what) {
 
 // The layers of networks: group norm and both kinds of attention.
 void layers();
+
+// Markov random fields: steps, solvers, products and windows.
+void fields();
