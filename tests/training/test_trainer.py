@@ -41,6 +41,7 @@ from t2p_fast.training.config import (
 )
 from t2p_fast.training.mrf import MRFTask
 from t2p_fast.training.muse import MuseTask, contrasting_captions, rare_mask
+from t2p_fast.training.pictures import PictureDataset
 from t2p_fast.training.super_resolution import SuperResolutionTask
 from t2p_fast.training.trainer import DivergedError, StepBatches, Task, Trainer, learning_rate
 from t2p_fast.training.vqgan import VQGANTask
@@ -417,6 +418,35 @@ def test_field_learns_what_muse_ends_with(tmp_path: Path) -> None:
     assert TokenMRF.from_pretrained(tmp_path / "run" / "model").config == config.model
 
 
+def test_a_field_sees_what_muse_leaves_at_every_exit_step(tmp_path: Path) -> None:
+    config = mrf_training(tmp_path, with_muse=True)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, exit_spread=1))
+    task = MRFTask(config)
+    trainer = quiet(task, tmp_path / "run")
+    left = task._left_by_muse(trainer)
+    assert len(task.dataset) == 3 * 7 == len(left.scores) == len(left.known) == len(left.final)
+    assert task.pipeline is not None
+    muse, encode = task.pipeline.muse, task.pipeline.text_encoder.encode
+    captions = list(PictureDataset(config.data, seed=config.run.seed).captions(7))
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for exit_step in (1, 2, 3, 6):
+        final = muse.generate(
+            encode(captions), encode([""] * 7), steps=6, exit_step=exit_step,
+            generators=[torch.Generator().manual_seed(i) for i in range(7)],
+            finish=lambda s, t, k=exit_step: seen.setdefault(k, (s, t))[1],
+        )  # fmt: skip
+    for row, exit_step in enumerate((1, 2, 3)):
+        scores, tokens = seen[exit_step]
+        own = slice(7 * row, 7 * row + 7)
+        assert torch.equal(left.scores[own], scores.bfloat16())
+        assert torch.equal(left.known[own], tokens.masked_fill(tokens == 16, -1))
+        assert torch.equal(left.final[own], final)
+    run = dataclasses.replace(config.run, mixed_precision="bf16")
+    scores = MRFTask(dataclasses.replace(config, run=run))._left_by_muse(trainer).scores
+    near = (scores[:7] - seen[1][0]).abs()
+    assert 0 < near[near.isfinite()].mean() < 0.1
+
+
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = mrf_training(tmp_path)
     other = dataclasses.replace(config.model, vocab_size=9)
@@ -428,6 +458,10 @@ def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         MRFTask(dataclasses.replace(config, loss=loss))
     with pytest.raises(ValueError, match=r"exit_step is 6, expected less than loss\.steps, 6"):
         dataclasses.replace(config.loss, exit_step=6)
+    with pytest.raises(
+        ValueError, match=r"exit_spread is 2, expected at most 1, from loss\.exit_s"
+    ):
+        dataclasses.replace(config.loss, exit_spread=2)
 
 
 def test_models_of_other_than_three_channels_are_refused(tmp_path: Path) -> None:

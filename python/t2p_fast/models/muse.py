@@ -294,6 +294,7 @@ class Muse(PretrainedModel):
         exit_step: int | None = None,
         finish: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        on_scores: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Fills in all masked tokens in ``steps`` rounds of predicting and re-masking.
 
@@ -319,6 +320,8 @@ class Muse(PretrainedModel):
                 so far, returns all tokens; ``None`` takes the likeliest, each by itself.
                 `TokenMRF.finish` makes them fit each other, as MarkovGen does.
             on_step: called after every round with its number and the tokens so far.
+            on_scores: called after every round with its number, the scores that ``finish`` would be
+                given there, and the tokens so far.
 
         Returns:
             Tokens ``[b, n]``.
@@ -381,14 +384,19 @@ class Muse(PretrainedModel):
             ).tokens
             if on_step is not None:
                 on_step(step, tokens)
-            if step + 1 == exit_step and not last:
-                scores = guided_scores(
-                    conditional,
-                    unconditional,
-                    guidance=guidance * (step + 1) / steps,
-                    temperature=temperature,
-                    min_p=min_p,
-                )
+            leaves = step + 1 == exit_step and not last
+            if not leaves and on_scores is None:
+                continue
+            scores = guided_scores(
+                conditional,
+                unconditional,
+                guidance=guidance * (step + 1) / steps,
+                temperature=temperature,
+                min_p=min_p,
+            )
+            if on_scores is not None:
+                on_scores(step, scores, tokens)
+            if leaves:
                 return (finish or most_likely)(scores, tokens)
         return tokens
 

@@ -237,6 +237,7 @@ class MRFLossConfig:
             anew.
         mask_share: of the tokens of real pictures (20 % in the paper).
         steps, exit_step: rounds of the generator, and the one after which the field takes over.
+        exit_spread: it learns to take over so many rounds earlier and later as well.
         captions: number of captions that the generator draws for it.
     """
 
@@ -246,17 +247,30 @@ class MRFLossConfig:
     mask_share: float = 0.2
     steps: int = 32
     exit_step: int = 12
+    exit_spread: int = 0
     captions: int = 512
 
     def __post_init__(self) -> None:
         check_numbers(
             self, "loss.", mask_share="(0, 1)", steps="[2, 4096]", exit_step="[1, 4095]",
-            captions="[1, 1e6]",
+            exit_spread="[0, 4095]", captions="[1, 1e6]",
         )  # fmt: skip
         if self.exit_step >= self.steps:
             raise ValueError(
                 f"loss.exit_step is {self.exit_step}, expected less than loss.steps, {self.steps}"
             )
+        most = min(self.exit_step, self.steps - self.exit_step) - 1
+        if self.exit_spread > most:
+            raise ValueError(
+                f"loss.exit_spread is {self.exit_spread}, expected at most {most}, from "
+                f"loss.exit_step, {self.exit_step}, to the first and the last of "
+                f"{self.steps} rounds"
+            )
+
+    @property
+    def exit_steps(self) -> range:
+        """All rounds after which the field learns to take over."""
+        return range(self.exit_step - self.exit_spread, self.exit_step + self.exit_spread + 1)
 
 
 @dataclass(frozen=True)

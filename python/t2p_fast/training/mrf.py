@@ -28,21 +28,22 @@ _AT_ONCE = 64  # captions that Muse draws together
 
 
 class _Left(NamedTuple):
-    """What Muse knows and does not know at the exit step, a row per caption."""
+    """What Muse knows and does not know at an exit step, a row per caption and step."""
 
-    scores: Tensor  # [captions, n, V] bfloat16
-    known: Tensor  # [captions, n], negative where masked
-    final: Tensor  # [captions, n]
+    scores: Tensor  # [rows, n, V] bfloat16
+    known: Tensor  # [rows, n], negative where masked
+    final: Tensor  # [rows, n]
 
 
-class _Captions(Dataset[int]):
-    """Numbers of captions."""
+class _Rows(Dataset[int]):
+    """Numbers of rows of `_Left`, which is not there yet when data loaders are made."""
 
-    def __init__(self, captions: list[str]) -> None:
+    def __init__(self, captions: list[str], exit_steps: int) -> None:
         self.captions = captions
+        self.exit_steps = exit_steps
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.captions) * self.exit_steps
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -51,11 +52,12 @@ class _Captions(Dataset[int]):
 class MRFTask(Task):
     """Cross-entropy of the tokens that are to be found.
 
-    With ``loss.muse``, they are those that Muse leaves masked at ``loss.exit_step``, the unary
-    scores are its own there, and the targets are the tokens that it draws in the rounds after: in
-    expectation the KL divergence from its final predictions, up to their entropy. ``loss.captions``
-    of them are drawn before the first step. Without, they are a share of a real picture's tokens,
-    about which the unary scores say nothing.
+    With ``loss.muse``, they are those that Muse leaves masked at ``loss.exit_step`` or
+    ``loss.exit_spread`` rounds from it, the unary scores are its own there, and the targets are the
+    tokens that it draws in the rounds after: in expectation the KL divergence from its final
+    predictions, up to their entropy. Pictures of ``loss.captions`` are drawn before the first step,
+    in bfloat16 if ``run.mixed_precision`` says so. Without, they are a share of a real picture's
+    tokens, about which the unary scores say nothing.
     """
 
     averaged = "mrf"
@@ -89,7 +91,8 @@ class MRFTask(Task):
         pictures = PictureDataset(config.data, seed=config.run.seed)
         self.dataset = pictures
         if self.pipeline is not None:
-            self.dataset = _Captions(list(pictures.captions(loss.captions)))
+            captions = list(pictures.captions(loss.captions))
+            self.dataset = _Rows(captions, len(loss.exit_steps))
         self.left: _Left | None = None
         self.held_out = PictureDataset(config.data, split="validation")
         torch.manual_seed(config.run.seed)
@@ -141,34 +144,36 @@ class MRFTask(Task):
     def _left_by_muse(self, trainer: Trainer) -> _Left:
         """Draws all captions, the same way whenever training is resumed."""
         assert self.pipeline is not None
-        assert isinstance(self.dataset, _Captions)
+        assert isinstance(self.dataset, _Rows)
+        loss, captions = self.config.loss, self.dataset.captions
         muse, text = self.pipeline.to(trainer.device).muse, self.pipeline.text_encoder
+        if self.run.mixed_precision == "bf16":
+            muse.bfloat16()  # with autocast every round would round all weights anew
         scores: list[Tensor] = []
         known: list[Tensor] = []
         final: list[Tensor] = []
 
-        def keep(given: Tensor, tokens: Tensor) -> Tensor:
-            scores.append(given.bfloat16().cpu())
-            known.append(tokens.masked_fill(tokens == muse.config.mask_token, -1).cpu())
-            return tokens
+        def keep(step: int, given: Tensor, tokens: Tensor) -> None:
+            if step + 1 in loss.exit_steps:
+                scores.append(given.bfloat16().cpu())
+                known.append(tokens.masked_fill(tokens == muse.config.mask_token, -1).cpu())
 
-        captions = self.dataset.captions
         for first in range(0, len(captions), _AT_ONCE):
             trainer.report(f"drawing captions {first} of {len(captions)}")
             part = captions[first : first + _AT_ONCE]
-            prompts, negative = text.encode(part), text.encode([""] * len(part))
-            for exit_step in (self.config.loss.steps, self.config.loss.exit_step):
-                seeds = range(first, first + len(part))
-                tokens = muse.generate(
-                    prompts,
-                    negative,
-                    steps=self.config.loss.steps,
-                    exit_step=exit_step,
-                    finish=keep,
-                    generators=[torch.Generator().manual_seed(s) for s in seeds],
-                )
-                if exit_step == self.config.loss.steps:
-                    final.append(tokens.cpu())
+            seeds = range(first, first + len(part))
+            prompts, negative = (
+                encoding._replace(embeddings=encoding.embeddings.to(muse.dtype))
+                for encoding in (text.encode(part), text.encode([""] * len(part)))
+            )
+            tokens = muse.generate(
+                prompts,
+                negative,
+                steps=loss.steps,
+                generators=[torch.Generator().manual_seed(s) for s in seeds],
+                on_scores=keep,
+            )
+            final += [tokens.cpu()] * len(loss.exit_steps)
         return _Left(torch.cat(scores), torch.cat(known), torch.cat(final))
 
     def save_pretrained(self, module: nn.Module, folder: Path) -> None:
