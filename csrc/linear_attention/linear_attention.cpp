@@ -14,8 +14,8 @@ namespace {
 
 // With this many heads there is work for all cores; fewer are split along the sequence.
 constexpr std::int64_t kEnoughHeads = 16;
-// Of heads side by side, these many bytes of a row are taken at once, and these many rows in turn.
-constexpr std::int64_t kGroupBytes = 1024, kGroupRows = 64;
+// Heads side by side are taken together if their states fit in a near cache.
+constexpr std::int64_t kGroupStates = 320 << 10;
 constexpr std::int64_t kShortestPart = 512, kMostParts = 16;
 
 std::int64_t part_length(std::int64_t heads, std::int64_t rows) {
@@ -68,22 +68,34 @@ void write_state(const Attention& attention, const float* from, std::int64_t tas
   }
 }
 
-// How many heads of a sequence a thread takes at once: several, where their rows lie side by side
-// and there is work for all threads still. The bits do not depend on it.
+// How many heads of a sequence a thread takes at once. Where their rows lie side by side, those of
+// many heads are read in the order of memory: as many as leave no thread more than a tenth longer
+// than the others. The bits do not depend on it.
 std::int64_t heads_at_once(const Attention& attention, int threads) {
-  const std::int64_t bytes = attention.d * (attention.k.format == Format::kF32 ? 4 : 2);
-  const std::int64_t fitting =
-      std::min(attention.h, kGroupBytes / std::max<std::int64_t>(bytes, 1));
-  const std::int64_t heads = attention.s * attention.h / (4 * std::int64_t{threads});
   if (attention.k.head >= attention.k.row) return 1;
-  return std::clamp<std::int64_t>(fitting, 1, std::max<std::int64_t>(heads, 1));
+  const std::int64_t state = padded(attention.d) * (padded(attention.e) + 1) * 4;
+  const std::int64_t most = std::max<std::int64_t>(1, kGroupStates / state), h = attention.h;
+  const std::int64_t even = ceil_div(attention.s * h, threads);
+  std::int64_t groups = ceil_div(h, most);
+  // In heads, the longest that a thread takes.
+  const auto longest = [&] {
+    return ceil_div(attention.s * groups, threads) * ceil_div(h, groups);
+  };
+  while (groups < h && 10 * longest() > 11 * even) ++groups;
+  return ceil_div(h, groups);
+}
+
+// And how many rows of each in turn: few, for which the processor sees all that comes next; of
+// bfloat16 what the tiles want. Causal ones are taken in whole chunks.
+std::int64_t rows_in_turn(const Attention& attention) {
+  return attention.causal || attention.k.format == Format::kBf16 ? 64 : 16;
 }
 
 // Each head by one thread, from its first key to its last query.
 void forward_heads(const Kernels& kernels, const Attention& attention, int threads, const Rows& out,
                    float* last) {
   const std::int64_t width = heads_at_once(attention, threads);
-  const std::int64_t groups = ceil_div(attention.h, width);
+  const std::int64_t groups = ceil_div(attention.h, width), turn = rows_in_turn(attention);
   const std::int64_t size = padded(attention.d) * padded(attention.e) + padded(attention.d);
   parallel_for(threads, attention.s * groups, [&](std::int64_t task) {
     const std::int64_t begin = task / groups * attention.h + task % groups * width;
@@ -98,7 +110,7 @@ void forward_heads(const Kernels& kernels, const Attention& attention, int threa
     };
     // Calls with the rows [from, to) of each head.
     const auto for_each_block = [&](std::int64_t rows, const auto& call) {
-      const std::int64_t step = width == 1 ? std::max<std::int64_t>(rows, 1) : kGroupRows;
+      const std::int64_t step = width == 1 ? std::max<std::int64_t>(rows, 1) : turn;
       for (std::int64_t row = 0; row < rows; row += step) {
         for_each_head([&](const Head& head, float* state) {
           call(head, row, std::min(row + step, rows), state);
