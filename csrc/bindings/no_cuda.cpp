@@ -104,7 +104,8 @@ void accumulate_cuda(const AnyRows&, const std::int64_t*, const std::int64_t*, s
                      void*, float*, float*) {
   built_without_cuda("vq_accumulate");
 }
-void total_cuda(const float*, std::int64_t, double, int, void*, float*) {
+void quantize_cuda(const AnyRows&, const float*, std::int64_t, Metric, double, int, void*, float*,
+                   std::int64_t*, float*, const Rows<void>&, float*) {
   built_without_cuda("vq_quantize");
 }
 

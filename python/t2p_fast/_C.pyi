@@ -76,6 +76,17 @@ def vq_accumulate(
 def vq_accumulate_sorted(
     x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
 ) -> None: ...
+def vq_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    scale: float,
+    workspace: Tensor,
+    indices: Tensor,
+    distance: Tensor,
+    quantized: Tensor,
+    total: Tensor,
+) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
 def attention(
     q: Tensor,
