@@ -167,29 +167,23 @@ void lookup(const TensorView& indices, const TensorView& codebook, const TensorV
   lookup_cpu(index, codes, k, threads, to);
 }
 
-void accumulate(const TensorView& x, const TensorView& indices, const TensorView& counts,
-                const TensorView& sums, int threads) {
+void accumulate(const TensorView& x, const TensorView& indices, const TensorView& workspace,
+                const TensorView& counts, const TensorView& sums, int threads) {
   constexpr const char* kOp = "vq_accumulate";
-  const auto from = rows<const float>(kOp, "x", x);
+  const auto any = rows_of<const void>(kOp, "x", x);
+  const std::int64_t n = any.count(), k = counts.count();
   check_same_device(kOp, "indices", indices, "x", x);
-  const std::int64_t k = counts.count();
-  const auto* index = array<const std::int64_t>(kOp, "indices", indices, from.count());
+  const auto* index = array<const std::int64_t>(kOp, "indices", indices, n);
   auto* count = array<float>(kOp, "counts", counts, k);
-  auto* sum = array<float>(kOp, "sums", sums, k * from.d);
+  auto* sum = array<float>(kOp, "sums", sums, k * any.d);
+  if (x.on_cuda()) {
+    auto* work = array<float>(kOp, "workspace", workspace, accumulate_workspace_size(n, k));
+    accumulate_cuda(any_rows(kOp, x), index, k, x.device().id, current_stream(x), work, count, sum);
+    return;
+  }
+  const auto from = rows<const float>(kOp, "x", x);
   py::gil_scoped_release nogil;
   accumulate_cpu(from, index, k, threads, count, sum);
-}
-
-void accumulate_sorted(const TensorView& x, const TensorView& order, const TensorView& begin,
-                       const TensorView& counts, const TensorView& sums) {
-  constexpr const char* kOp = "vq_accumulate";
-  const AnyRows from = any_rows(kOp, x);
-  check_same_device(kOp, "indices", order, "x", x);
-  const std::int64_t k = counts.count();
-  accumulate_cuda(from, array<const std::int64_t>(kOp, "order", order, from.rows.count()),
-                  array<const std::int64_t>(kOp, "begin", begin, k + 1), k, x.device().id,
-                  current_stream(x), array<float>(kOp, "counts", counts, k),
-                  array<float>(kOp, "sums", sums, k * from.rows.d));
 }
 
 // On CUDA; elsewhere a search, a lookup and a total do it.
@@ -240,10 +234,9 @@ void bind(py::module_& m) {
         py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),
         py::arg("threads"));
-  m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("counts"),
-        py::arg("sums"), py::arg("threads"));
-  m.def("vq_accumulate_sorted", &accumulate_sorted, py::arg("x"), py::arg("order"),
-        py::arg("begin"), py::arg("counts"), py::arg("sums"));
+  m.def("vq_accumulate_workspace_size", &accumulate_workspace_size, py::arg("n"), py::arg("k"));
+  m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("workspace"),
+        py::arg("counts"), py::arg("sums"), py::arg("threads"));
   m.def("vq_quantize", &quantize, py::arg("x"), py::arg("codebook"), py::arg("metric"),
         py::arg("scale"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
         py::arg("quantized"), py::arg("total"));

@@ -102,14 +102,16 @@ void accumulate_cpu(const Rows<const float>& x,
                     float* counts,  // [k]
                     float* sums);   // [k, d]
 
-// The same, from the rows sorted by index: those of code j are order[begin[j]], ...,
-// order[begin[j + 1] - 1].
+// The same on CUDA, where a row whose index is outside [0, k) is left out.
 void accumulate_cuda(const AnyRows& x,
-                     const std::int64_t* order,  // [n]
-                     const std::int64_t* begin,  // [k + 1]
+                     const std::int64_t* indices,  // [n]
                      std::int64_t k, int device, void* stream,
-                     float* counts,  // [k]
-                     float* sums);   // [k, d]
+                     float* workspace,  // [accumulate_workspace_size(n, k)]
+                     float* counts,     // [k]
+                     float* sums);      // [k, d]
+
+// Floats of memory that accumulate_cuda needs besides its arguments.
+std::int64_t accumulate_workspace_size(std::int64_t n, std::int64_t k);
 
 // total = scale * sum of distance, in float64 in a fixed order.
 void total_cpu(const float* distance,  // [n]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What comes after the search on CUDA: the loss, codes by index, and sums of rows by code.
+// What comes after the search on CUDA: codes by index, and the loss.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -30,23 +30,6 @@ __global__ void lookup_kernel(const int64_t* __restrict__ indices,
     const float value = j >= 0 && j < k ? codebook[j * d + t] : __int_as_float(0x7fc00000);
     out.data[row_offset(r, out.inner, out.outer_stride, out.inner_stride) +
              t * out.channel_stride] = from_float<T>(value);
-  }
-}
-
-// One block per code, one thread per channel; the rows of a code are added in their order.
-template <class T>
-__global__ void accumulate_kernel(Rows<const T> x, const int64_t* __restrict__ order,
-                                  const int64_t* __restrict__ begin, int64_t k,
-                                  float* __restrict__ counts, float* __restrict__ sums) {
-  for (int64_t j = blockIdx.x; j < k; j += gridDim.x) {
-    if (threadIdx.x == 0) counts[j] = static_cast<float>(begin[j + 1] - begin[j]);
-    for (int64_t t = threadIdx.x; t < x.d; t += blockDim.x) {
-      double sum = 0;
-      for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
-        sum += to_float(row_pointer(x, order[i])[t * x.channel_stride]);
-      }
-      sums[j * x.d + t] = static_cast<float>(sum);
-    }
   }
 }
 
@@ -95,18 +78,6 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
                                                                          rows);
   });
   check_launch("vq_lookup");
-}
-
-void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin, int64_t k,
-                     int device, void* stream, float* counts, float* sums) {
-  const DeviceGuard guard(device, "vq_accumulate");
-  constexpr int64_t kMost = tile_or_emulated(65536, 8);
-  const auto blocks = static_cast<unsigned>(k < kMost ? k : kMost);
-  with_rows(x, [&](const auto& rows) {
-    accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(rows, order, begin, k,
-                                                                             counts, sums);
-  });
-  check_launch("vq_accumulate");
 }
 
 void launch_total(const Prepared& codes, const float* distance, int64_t n, double scale,

@@ -175,3 +175,44 @@ def test_codes_go_where_a_view_says(
     with pytest.raises(TypeError, match=r"vq_quantize: x is \w+ but quantized is \w+"):
         _C.vq_quantize(rows, codebook, "l2", 1.0, workspace, indices, distance, view.to(other),
                        total)  # fmt: skip
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (70, 3), (300, 40), (300, 1100), (100, 2100)])
+def test_sums_are_of_rows_in_their_order(
+    n: int, k: int, channel_dim: int, device: torch.device
+) -> None:
+    """To the bit, for numbers whose sum depends on the order; about the edges of chunks and scans
+    on CUDA (chunks of 512 rows, emulated of 64 and not more than 4)."""
+    generator = torch.Generator().manual_seed(n)
+    x = case_of(n, 1, 3)[0] * 10.0 ** torch.randint(0, 18, (n, 3), generator=generator)
+    indices = torch.randint(0, k, (n,), generator=generator)
+    indices[n // 3 :: 4] = k - 1  # one more often than others, and for long
+    sums = torch.zeros(k, 3, dtype=torch.float64)
+    for row, j in zip(x.double(), indices.tolist(), strict=True):
+        sums[j] += row
+    rows = x.to(device) if channel_dim == -1 else x.T[None].contiguous().to(device)
+    found = indices.to(device) if channel_dim == -1 else indices[None].to(device)
+    counts, ours = torch.ops.t2p_fast.vq_accumulate(rows, found, k, channel_dim % rows.ndim)
+    assert torch.equal(counts.cpu(), indices.bincount(minlength=k).float())
+    assert torch.equal(ours.cpu(), sums.float())
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_sums_of_codes_without_rows(n: int, device: torch.device) -> None:
+    x, indices = torch.ones(n, 4, device=device), torch.full((n,), 6, device=device)
+    counts, sums = torch.ops.t2p_fast.vq_accumulate(x, indices, 10, 1)
+    assert counts.tolist() == [n if j == 6 else 0 for j in range(10)]
+    assert sums.tolist() == [[n if j == 6 else 0] * 4 for j in range(10)]
+
+
+def test_sums_leave_out_what_is_no_code(device: torch.device, kernels: str) -> None:
+    """On CUDA; on the CPU such an index is an error."""
+    x, indices = torch.ones(70, 2, device=device), torch.arange(-3, 67, device=device)
+    if kernels == "cpu":
+        with pytest.raises(IndexError, match=r"vq_accumulate: index -3 is outside \[0, 9\)"):
+            torch.ops.t2p_fast.vq_accumulate(x, indices, 9, 1)
+        return
+    counts, sums = torch.ops.t2p_fast.vq_accumulate(x, indices, 9, 1)
+    assert counts.tolist() == [1] * 9
+    assert (sums == 1).all()

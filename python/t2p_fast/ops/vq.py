@@ -110,16 +110,11 @@ def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
 
 def _accumulate(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
-    _C.vq_accumulate(rows, indices.contiguous(), counts, sums, threads)
-    return counts, sums
-
-
-def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
-    counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    ordered, order = indices.flatten().sort(stable=True)
-    begin = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device))
-    _C.vq_accumulate_sorted(_as_rows(x, channel_dim), order, begin, counts, sums)
+    workspace = counts  # not looked at on the CPU
+    if x.is_cuda:
+        workspace = counts.new_empty(_C.vq_accumulate_workspace_size(indices.numel(), k))
+    rows, threads = _as_rows(_readable(x), channel_dim), torch.get_num_threads()
+    _C.vq_accumulate(rows, indices.contiguous(), workspace, counts, sums, threads)
     return counts, sums
 
 
@@ -170,7 +165,7 @@ def _quantize_cuda(
     _C.vq_quantize(rows, codes, metric, scale, workspace, indices, distance, to, loss)
     counts, sums = _no_statistics(codebook)
     if statistics:
-        counts, sums = _accumulate_cuda(x, indices, k, channel_dim)
+        counts, sums = _accumulate(x, indices, k, channel_dim)
     return quantized, indices, loss, counts, sums
 
 
@@ -330,7 +325,6 @@ _vq_lookup = define_op(
 _vq_accumulate = define_op(
     "vq_accumulate(Tensor x, Tensor indices, SymInt k, int channel_dim) -> (Tensor, Tensor)",
     cpu=_accumulate,
-    cuda=_accumulate_cuda,
     fake=_accumulate_fake,
 )
 _vq_quantize = define_op(
