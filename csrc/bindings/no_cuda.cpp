@@ -100,11 +100,13 @@ std::int64_t workspace_size(std::int64_t, std::int64_t, std::int64_t, Metric) { 
 void lookup_cuda(const std::int64_t*, const float*, std::int64_t, int, void*, const MutableRows&) {
   built_without_cuda("vq_lookup");
 }
-void accumulate_cuda(const AnyRows&, const std::int64_t*, const std::int64_t*, std::int64_t, int,
-                     void*, float*, float*) {
+std::int64_t accumulate_workspace_size(std::int64_t, std::int64_t) { return 0; }
+void accumulate_cuda(const AnyRows&, const std::int64_t*, std::int64_t, int, void*, float*, float*,
+                     float*) {
   built_without_cuda("vq_accumulate");
 }
-void total_cuda(const float*, std::int64_t, double, int, void*, float*) {
+void quantize_cuda(const AnyRows&, const float*, std::int64_t, Metric, double, int, void*, float*,
+                   std::int64_t*, float*, const Rows<void>&, float*) {
   built_without_cuda("vq_quantize");
 }
 

@@ -20,8 +20,18 @@ constexpr int64_t kRowsLeast = 256;     // rows of a slice with channels last, a
 // What the first launch leaves for the second.
 struct Workspace {
   double* origins;  // [b, g]
-  Pair* partial;    // sums over a part of x - origin and of its square
+  Pair* partial;    // [parts], sums over a part of x - origin and of its square
+  int64_t doubles;
 };
+
+Workspace carve(double* base, int64_t groups, int64_t parts) {
+  Carver carver(base);
+  Workspace w;
+  w.origins = carver.take<double>(groups, "origins");
+  w.partial = carver.take<Pair>(parts, "partial");
+  w.doubles = carver.size<double>();
+  return w;
+}
 
 template <class T>
 __device__ T result(float x, const Affine& a, bool silu, float residual) {
@@ -273,10 +283,16 @@ Pieces pieces_of(const Norm& norm, int width) {
   return {strips, norm.groups, parts_of(norm.n, kRowsLeast, norm.b * strips)};
 }
 
+int64_t partial_sums(const Norm& norm, int width) {
+  if (!norm.channels_last) return norm.b * norm.groups * slices_of(norm);
+  const Pieces pieces = pieces_of(norm, width);
+  return norm.b * (pieces.strips + pieces.groups) * pieces.slices;
+}
+
 template <class T, int kWidth>
 void launch(const Norm& norm, cudaStream_t stream, double* memory, void* y, double* statistics) {
   const int64_t groups = norm.b * norm.groups, vectors = norm.c / norm.groups * norm.n / kWidth;
-  const Workspace workspace{memory, reinterpret_cast<Pair*>(memory + groups + groups % 2)};
+  const Workspace workspace = carve(memory, groups, partial_sums(norm, kWidth));
   if (norm.channels_last) {
     const Pieces pieces = pieces_of(norm, kWidth);
     const unsigned blocks = grid_size(norm.b * pieces.strips * pieces.slices, kOp);
@@ -315,16 +331,9 @@ void launch_widest(const Norm& norm, cudaStream_t stream, double* workspace, voi
 std::int64_t forward_workspace(const Norm& norm) {
   const int64_t groups = norm.b * norm.groups;
   if (groups == 0 || norm.n == 0) return 0;
-  int64_t parts = groups * slices_of(norm);
-  if (norm.channels_last) {
-    parts = 0;
-    for (const int width : {1, 8}) {  // which of them depends on how the tensors are aligned
-      const Pieces pieces = pieces_of(norm, width);
-      const int64_t own = norm.b * (pieces.strips + pieces.groups) * pieces.slices;
-      parts = own > parts ? own : parts;
-    }
-  }
-  return groups + groups % 2 + 2 * parts;
+  // Which width depends on how the tensors are aligned.
+  const int64_t narrow = partial_sums(norm, 1), wide = partial_sums(norm, 8);
+  return carve(nullptr, groups, narrow > wide ? narrow : wide).doubles;
 }
 
 void forward_cuda(const Norm& norm, int device, void* stream, double* workspace, void* y,

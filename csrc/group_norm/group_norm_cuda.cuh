@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/carver.h"
 #include "common/cuda_check.cuh"
 #include "common/half.cuh"
 #include "group_norm/group_norm.h"

@@ -17,7 +17,17 @@ constexpr int64_t kRowsLeast = 256;   // rows of a part with channels last, at l
 struct Workspace {
   float2* means;  // [b, g]: of gain dz and of gain dz xhat
   float2* parts;  // [b, c, parts]: sums of dz and of dz xhat
+  int64_t doubles;
 };
+
+Workspace carve(double* base, const Norm& norm, int64_t parts) {
+  Carver carver(base);
+  Workspace w;
+  w.means = carver.take<float2>(norm.b * norm.groups, "means");
+  w.parts = carver.take<float2>(norm.b * norm.c * parts, "parts");
+  w.doubles = carver.size<double>();
+  return w;
+}
 
 // z = d factor + offset and xhat = d inverse + nudge, with d = x - centre.
 struct Slope {
@@ -217,8 +227,7 @@ void launch(const Norm& norm, cudaStream_t stream, const void* grad, const doubl
             double* memory, void* grad_x, float* sums) {
   const int64_t groups = norm.b * norm.groups, parts = parts_for(norm, kWidth);
   const int64_t strips = strips_of(norm, kWidth), warps = blocks_for(norm.n / kWidth, kWarp);
-  const Workspace workspace{reinterpret_cast<float2*>(memory),
-                            reinterpret_cast<float2*>(memory + groups)};
+  const Workspace workspace = carve(memory, norm, parts);
   const unsigned blocks = grid_size(norm.b * (norm.channels_last ? strips : norm.c) * parts, kOp);
   const auto threads = static_cast<unsigned>(warps < kWarps ? warps * kWarp : kThreads);
   if (norm.channels_last) {
@@ -255,7 +264,7 @@ void launch_widest(const Norm& norm, cudaStream_t stream, const void* grad,
 std::int64_t backward_workspace(const Norm& norm) {
   if (norm.b == 0 || norm.n == 0) return 0;
   const int64_t narrow = parts_for(norm, 1), wide = parts_for(norm, 8);
-  return norm.b * (norm.groups + norm.c * (narrow > wide ? narrow : wide));
+  return carve(nullptr, norm, narrow > wide ? narrow : wide).doubles;
 }
 
 void backward_cuda(const Norm& norm, const void* grad, const double* statistics, int device,

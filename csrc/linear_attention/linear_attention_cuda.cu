@@ -12,30 +12,45 @@
 namespace t2p::linear_attention {
 namespace {
 
+struct Workspace {
+  float *parts, *totals;  // of states; totals are null if causal
+  int64_t floats;
+};
+
+Workspace carve(float* base, const Attention& attention) {
+  const int64_t size = attention.h * state_size(attention);
+  Carver carver(base);
+  Workspace w;
+  w.parts = carver.take<float>(keys_of(attention).slots() * size, "parts");
+  w.totals = attention.causal ? nullptr : carver.take<float>(attention.s * size, "totals");
+  w.floats = carver.size<float>();
+  return w;
+}
+
 template <class T>
-void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* workspace,
+void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* memory,
             const Rows& out, float* state) {
   const Sources sources(attention);
   const Cut keys = keys_of(attention);
   const int64_t heads = attention.h;
-  float* const totals = workspace + keys.slots() * heads * state_size(attention);
+  const Workspace workspace = carve(memory, attention);
   const Combination sum{.cut = keys,
                         .heads = heads,
                         .d = attention.d,
                         .e = attention.e,
                         .initial = attention.initial_state,
-                        .parts = workspace,
-                        .totals = attention.causal ? nullptr : totals,
+                        .parts = workspace.parts,
+                        .totals = workspace.totals,
                         .state = state,
                         .backwards = false};
   if (on_tensor_cores) {
-    states_mma(attention, stream, workspace);
+    states_mma(attention, stream, workspace.parts);
   } else {
     launch_states<T>(sources.keys, sources.values, sum, stream);
   }
   launch_combination(sum, stream);
   if (on_tensor_cores && !attention.causal && fits_vectors(out)) {
-    outputs_mma(attention, totals, stream, out);
+    outputs_mma(attention, workspace.totals, stream, out);
     return;
   }
   Product product{};
@@ -43,7 +58,7 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
   product.b = sources.keys;
   product.c = sources.values;
   product.pairs = attention.causal ? Pairs::kBefore : Pairs::kNone;
-  product.states = attention.causal ? workspace : totals;
+  product.states = attention.causal ? workspace.parts : workspace.totals;
   product.cut = tiles_of(attention, attention.m);
   product.heads = heads;
   product.d = static_cast<int>(attention.d);
@@ -58,8 +73,7 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
 }  // namespace
 
 std::int64_t forward_workspace(const Attention& attention) {
-  const int64_t states = keys_of(attention).slots() + (attention.causal ? 0 : attention.s);
-  return states * attention.h * state_size(attention);
+  return carve(nullptr, attention).floats;
 }
 
 void forward_cuda(const Attention& attention, int device, void* stream, float* workspace,

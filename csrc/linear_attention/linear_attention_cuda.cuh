@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/carver.h"
 #include "common/cuda_check.cuh"
 #include "common/half.cuh"
 #include "linear_attention/linear_attention.h"

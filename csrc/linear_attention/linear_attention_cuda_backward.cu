@@ -14,32 +14,41 @@ namespace t2p::linear_attention {
 namespace {
 
 // What lies where in the workspace.
-struct Layout {
-  int64_t factors, parts, totals, grad_parts, grad_totals, all;  // in floats
-  explicit Layout(const Attention& a) {
-    const int64_t size = a.h * state_size(a), batch = a.offsets ? 1 : a.s;
-    factors = 0;
-    parts = factors + 2 * batch * a.h * a.m;
-    totals = parts + keys_of(a).slots() * size;
-    grad_parts = totals + (a.causal ? 0 : a.s * size);
-    grad_totals = grad_parts + queries_of(a).slots() * size;
-    all = grad_totals + (a.causal ? 0 : a.s * size);
-  }
+struct Workspace {
+  float2* factors;        // [batch, h, m]
+  float *parts, *totals;  // of states; totals are null if causal
+  float *grad_parts, *grad_totals;
+  int64_t floats;
 };
 
+Workspace carve(float* base, const Attention& a) {
+  const int64_t size = a.h * state_size(a), batch = a.offsets ? 1 : a.s;
+  Carver carver(base);
+  const auto take_totals = [&](const char* name) {
+    return a.causal ? nullptr : carver.take<float>(a.s * size, name);
+  };
+  Workspace w;
+  w.factors = carver.take<float2>(batch * a.h * a.m, "factors");
+  w.parts = carver.take<float>(keys_of(a).slots() * size, "parts");
+  w.totals = take_totals("totals");
+  w.grad_parts = carver.take<float>(queries_of(a).slots() * size, "grad_parts");
+  w.grad_totals = take_totals("grad_totals");
+  w.floats = carver.size<float>();
+  return w;
+}
+
 template <class T>
-void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* workspace,
+void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t stream, float* memory,
             const Gradients& gradients) {
   const Sources sources(attention);
-  const Layout layout(attention);
+  const Workspace workspace = carve(memory, attention);
   const bool causal = attention.causal;
-  auto* const factors = reinterpret_cast<float2*>(workspace + layout.factors);
   Source grads = sources.values;
   grads.rows = gradients.out;
   grads.mask = nullptr;
   grads.extra = Extra::kNone;
   Source scaled = grads;  // G
-  scaled.factors = factors;
+  scaled.factors = workspace.factors;
   scaled.extra = Extra::kFactor;
 
   Combination sum{.cut = keys_of(attention),
@@ -47,8 +56,8 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
                   .d = attention.d,
                   .e = attention.e,
                   .initial = attention.initial_state,
-                  .parts = workspace + layout.parts,
-                  .totals = causal ? nullptr : workspace + layout.totals,
+                  .parts = workspace.parts,
+                  .totals = workspace.totals,
                   .state = nullptr,
                   .backwards = false};
   if (on_tensor_cores) {
@@ -72,7 +81,7 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
   product.eps = attention.eps;
   product.scale = attention.scale;
   product.grads = grads;
-  product.factors = factors;
+  product.factors = workspace.factors;
   launch_product<T, Result::kFactors>(product, stream);
 
   product.a = scaled;
@@ -85,8 +94,8 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
 
   sum.cut = queries_of(attention);
   sum.initial = gradients.state;
-  sum.parts = workspace + layout.grad_parts;
-  sum.totals = causal ? nullptr : workspace + layout.grad_totals;
+  sum.parts = workspace.grad_parts;
+  sum.totals = workspace.grad_totals;
   sum.state = gradients.initial_state;
   sum.backwards = true;
   launch_states<T>(sources.queries, scaled, sum, stream);
@@ -113,7 +122,9 @@ void launch(const Attention& attention, bool on_tensor_cores, cudaStream_t strea
 
 }  // namespace
 
-std::int64_t backward_workspace(const Attention& attention) { return Layout(attention).all; }
+std::int64_t backward_workspace(const Attention& attention) {
+  return carve(nullptr, attention).floats;
+}
 
 void backward_cuda(const Attention& attention, int device, void* stream, float* workspace,
                    const Gradients& gradients) {

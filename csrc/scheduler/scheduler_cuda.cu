@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common/carver.h"
 #include "common/cuda_check.cuh"
 #include "common/half.cuh"
 #include "common/philox.h"
@@ -320,16 +321,32 @@ bool aligned(const Step& step, int64_t element_bytes) {
   return fits(step.prev, step.n) && fits(step.x0, step.n);
 }
 
+struct Workspace {
+  State* states;         // [b]
+  unsigned* magnitudes;  // [b, n], the bits of |x0|, for a threshold
+  int64_t floats;
+};
+
+Workspace carve(float* base, int64_t batch, int64_t n, bool select) {
+  Carver carver(base);
+  Workspace w;
+  w.states = carver.take<State>(batch, "states");
+  w.magnitudes = select ? carver.take<unsigned>(batch * n, "magnitudes") : nullptr;
+  w.floats = carver.size<float>();
+  return w;
+}
+
 template <class T>
-void launch(const Step& step, cudaStream_t stream, float* workspace) {
+void launch(const Step& step, cudaStream_t stream, float* memory) {
   const bool select = needs_selection(step);
   const bool rescale = step.uncond.data != nullptr && step.rescale != 0;
   State* states = nullptr;
   if (select || rescale) {
-    states = reinterpret_cast<State*>(workspace);
+    const Workspace workspace = carve(memory, step.batch, step.n, select);
+    states = workspace.states;
     const auto blocks = static_cast<unsigned>(step.batch < 65535 ? step.batch : 65535);
-    prepare_kernel<T><<<blocks, kPrepareThreads, 0, stream>>>(
-        step, select, rescale, states, reinterpret_cast<unsigned*>(workspace) + 2 * step.batch);
+    prepare_kernel<T><<<blocks, kPrepareThreads, 0, stream>>>(step, select, rescale, states,
+                                                              workspace.magnitudes);
   }
   const dim3 grid = grid_of(step);
   aligned(step, sizeof(T)) ? step_kernel<T, true><<<grid, kThreads, 0, stream>>>(step, states)
@@ -339,7 +356,7 @@ void launch(const Step& step, cudaStream_t stream, float* workspace) {
 }  // namespace
 
 std::int64_t workspace_size(std::int64_t batch, std::int64_t n, bool threshold, bool rescale) {
-  return threshold || rescale ? 2 * batch + (threshold ? batch * n : 0) : 0;
+  return threshold || rescale ? carve(nullptr, batch, n, threshold).floats : 0;
 }
 
 void step_cuda(const Step& step, int device, void* stream, float* workspace) {

@@ -167,40 +167,55 @@ void lookup(const TensorView& indices, const TensorView& codebook, const TensorV
   lookup_cpu(index, codes, k, threads, to);
 }
 
-void accumulate(const TensorView& x, const TensorView& indices, const TensorView& counts,
-                const TensorView& sums, int threads) {
+void accumulate(const TensorView& x, const TensorView& indices, const TensorView& workspace,
+                const TensorView& counts, const TensorView& sums, int threads) {
   constexpr const char* kOp = "vq_accumulate";
-  const auto from = rows<const float>(kOp, "x", x);
+  const auto any = rows_of<const void>(kOp, "x", x);
+  const std::int64_t n = any.count(), k = counts.count();
   check_same_device(kOp, "indices", indices, "x", x);
-  const std::int64_t k = counts.count();
-  const auto* index = array<const std::int64_t>(kOp, "indices", indices, from.count());
+  const auto* index = array<const std::int64_t>(kOp, "indices", indices, n);
   auto* count = array<float>(kOp, "counts", counts, k);
-  auto* sum = array<float>(kOp, "sums", sums, k * from.d);
+  auto* sum = array<float>(kOp, "sums", sums, k * any.d);
+  if (x.on_cuda()) {
+    auto* work = array<float>(kOp, "workspace", workspace, accumulate_workspace_size(n, k));
+    accumulate_cuda(any_rows(kOp, x), index, k, x.device().id, current_stream(x), work, count, sum);
+    return;
+  }
+  const auto from = rows<const float>(kOp, "x", x);
   py::gil_scoped_release nogil;
   accumulate_cpu(from, index, k, threads, count, sum);
 }
 
-void accumulate_sorted(const TensorView& x, const TensorView& order, const TensorView& begin,
-                       const TensorView& counts, const TensorView& sums) {
-  constexpr const char* kOp = "vq_accumulate";
+// On CUDA; elsewhere a search, a lookup and a total do it.
+void quantize(const TensorView& x, const TensorView& codebook, std::string_view metric_name,
+              double scale, const TensorView& workspace, const TensorView& indices,
+              const TensorView& distance, const TensorView& quantized, const TensorView& total) {
+  constexpr const char* kOp = "vq_quantize";
+  const Metric metric = metric_of(kOp, metric_name);
   const AnyRows from = any_rows(kOp, x);
-  check_same_device(kOp, "indices", order, "x", x);
-  const std::int64_t k = counts.count();
-  accumulate_cuda(from, array<const std::int64_t>(kOp, "order", order, from.rows.count()),
-                  array<const std::int64_t>(kOp, "begin", begin, k + 1), k, x.device().id,
-                  current_stream(x), array<float>(kOp, "counts", counts, k),
-                  array<float>(kOp, "sums", sums, k * from.rows.d));
+  const std::int64_t n = from.rows.count(), d = from.rows.d;
+  check_codebook(kOp, codebook, d);
+  check_same_device(kOp, "codebook", codebook, "x", x);
+  const std::int64_t k = codebook.size(0);
+  const auto to = rows_of<void>(kOp, "quantized", quantized);
+  T2P_CHECK(to.count() == n && to.d == d, kOp, ": x is ", x.shape_text(), " but quantized is ",
+            quantized.shape_text());
+  T2P_CHECK_TYPE(dtype_of(kOp, "quantized", quantized) == from.dtype, kOp, ": x is ",
+                 x.dtype_text(), " but quantized is ", quantized.dtype_text());
+  quantize_cuda(
+      from, codebook.data<const float>(), k, metric, scale, x.device().id, current_stream(x),
+      array<float>(kOp, "workspace", workspace, workspace_size(n, k, d, metric)),
+      array<std::int64_t>(kOp, "indices", indices, n), array<float>(kOp, "distance", distance, n),
+      to, array<float>(kOp, "total", total, 1));
 }
 
 void total(const TensorView& distance, double scale, const TensorView& total) {
   constexpr const char* kOp = "vq_quantize";
+  T2P_CHECK(!distance.on_cuda(), kOp, ": distance is on ", distance.device_text(),
+            ", where vq_quantize does all at once");
   const std::int64_t n = distance.count();
   const auto* from = array<const float>(kOp, "distance", distance, n);
   auto* to = array<float>(kOp, "total", total, 1);
-  if (distance.on_cuda()) {
-    total_cuda(from, n, scale, distance.device().id, current_stream(distance), to);
-    return;
-  }
   py::gil_scoped_release nogil;
   total_cpu(from, n, scale, to);
 }
@@ -219,10 +234,12 @@ void bind(py::module_& m) {
         py::arg("threads"));
   m.def("vq_lookup", &lookup, py::arg("indices"), py::arg("codebook"), py::arg("out"),
         py::arg("threads"));
-  m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("counts"),
-        py::arg("sums"), py::arg("threads"));
-  m.def("vq_accumulate_sorted", &accumulate_sorted, py::arg("x"), py::arg("order"),
-        py::arg("begin"), py::arg("counts"), py::arg("sums"));
+  m.def("vq_accumulate_workspace_size", &accumulate_workspace_size, py::arg("n"), py::arg("k"));
+  m.def("vq_accumulate", &accumulate, py::arg("x"), py::arg("indices"), py::arg("workspace"),
+        py::arg("counts"), py::arg("sums"), py::arg("threads"));
+  m.def("vq_quantize", &quantize, py::arg("x"), py::arg("codebook"), py::arg("metric"),
+        py::arg("scale"), py::arg("workspace"), py::arg("indices"), py::arg("distance"),
+        py::arg("quantized"), py::arg("total"));
   m.def("vq_total", &total, py::arg("distance"), py::arg("scale"), py::arg("total"));
 }
 

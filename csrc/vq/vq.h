@@ -70,7 +70,18 @@ void nearest_cuda(const AnyRows& x,
                   std::int64_t* indices,  // [n]
                   float* distance);       // [n]
 
-// Floats of memory that nearest_cuda needs besides its arguments.
+// The same, and what a quantiser wants of it: of every row the code, rounded to the dtype of x, and
+// total = scale * the sum of all |x - c|^2, whatever the metric, in float64 in a fixed order.
+void quantize_cuda(const AnyRows& x,
+                   const float* codebook,  // [k, d]
+                   std::int64_t k, Metric metric, double scale, int device, void* stream,
+                   float* workspace,             // [workspace_size(n, k, d, metric)]
+                   std::int64_t* indices,        // [n]
+                   float* distance,              // [n], |x - c|^2
+                   const Rows<void>& quantized,  // n rows of d channels
+                   float* total);
+
+// Floats of memory that nearest_cuda and quantize_cuda need besides their arguments.
 std::int64_t workspace_size(std::int64_t n, std::int64_t k, std::int64_t d, Metric metric);
 
 // out[r] = codebook[indices[r]]. An index outside [0, k) throws std::out_of_range on the CPU and
@@ -91,20 +102,19 @@ void accumulate_cpu(const Rows<const float>& x,
                     float* counts,  // [k]
                     float* sums);   // [k, d]
 
-// The same, from the rows sorted by index: those of code j are order[begin[j]], ...,
-// order[begin[j + 1] - 1].
+// The same on CUDA, where a row whose index is outside [0, k) is left out.
 void accumulate_cuda(const AnyRows& x,
-                     const std::int64_t* order,  // [n]
-                     const std::int64_t* begin,  // [k + 1]
+                     const std::int64_t* indices,  // [n]
                      std::int64_t k, int device, void* stream,
-                     float* counts,  // [k]
-                     float* sums);   // [k, d]
+                     float* workspace,  // [accumulate_workspace_size(n, k)]
+                     float* counts,     // [k]
+                     float* sums);      // [k, d]
+
+// Floats of memory that accumulate_cuda needs besides its arguments.
+std::int64_t accumulate_workspace_size(std::int64_t n, std::int64_t k);
 
 // total = scale * sum of distance, in float64 in a fixed order.
 void total_cpu(const float* distance,  // [n]
                std::int64_t n, double scale, float* total);
-
-void total_cuda(const float* distance,  // [n]
-                std::int64_t n, double scale, int device, void* stream, float* total);
 
 }  // namespace t2p::vq

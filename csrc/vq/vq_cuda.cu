@@ -18,8 +18,8 @@ struct Road {
   int64_t least_channels, most_channels, least_rows, least_codes;
   int64_t least_work;  // n k d
   int64_t (*workspace_size)(int64_t n, const Codes& codes);
-  void (*nearest)(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                  float* workspace, int64_t* indices, float* distance);
+  Prepared (*nearest)(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                      float* workspace, const Results& results);
 
   bool fits(int64_t n, const Codes& codes) const {
     return codes.d >= least_channels && codes.d <= most_channels && n >= least_rows &&
@@ -54,6 +54,14 @@ const Road& choose(int64_t n, const Codes& codes, int major) {
   return *road;
 }
 
+Prepared search(const char* op, const AnyRows& x, const Codes& codes, int device,
+                cudaStream_t stream, float* workspace, const Results& results) {
+  int major = 0;
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
+  const Road& road = choose(x.rows.count(), codes, major);
+  return road.nearest(x, codes, device, stream, workspace, results);
+}
+
 }  // namespace
 
 int64_t workspace_size(int64_t n, int64_t k, int64_t d, Metric metric) {
@@ -71,14 +79,27 @@ int64_t workspace_size(int64_t n, int64_t k, int64_t d, Metric metric) {
 void nearest_cuda(const AnyRows& x, const float* codebook, int64_t k, Metric metric, int device,
                   void* stream, float* workspace, int64_t* indices, float* distance) {
   constexpr const char* kOp = "vq_nearest";
-  const int64_t n = x.rows.count();
-  if (n == 0) return;
+  if (x.rows.count() == 0) return;
   const DeviceGuard guard(device, kOp);
-  const Codes codes{codebook, k, x.rows.d, metric};
-  int major = 0;
-  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  choose(n, codes, major)
-      .nearest(x, codes, device, static_cast<cudaStream_t>(stream), workspace, indices, distance);
+  search(kOp, x, {codebook, k, x.rows.d, metric}, device, static_cast<cudaStream_t>(stream),
+         workspace, {indices, distance, {}});
+  check_launch(kOp);
+}
+
+void quantize_cuda(const AnyRows& x, const float* codebook, int64_t k, Metric metric, double scale,
+                   int device, void* stream, float* workspace, int64_t* indices, float* distance,
+                   const Rows<void>& quantized, float* total) {
+  constexpr const char* kOp = "vq_quantize";
+  const DeviceGuard guard(device, kOp);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const int64_t n = x.rows.count();
+  if (n == 0) {
+    cuda_check(cudaMemsetAsync(total, 0, sizeof(float), queue), kOp);
+    return;
+  }
+  const Prepared codes = search(kOp, x, {codebook, k, x.rows.d, metric}, device, queue, workspace,
+                                {indices, distance, quantized});
+  launch_total(codes, distance, n, scale, queue, total);
   check_launch(kOp);
 }
 

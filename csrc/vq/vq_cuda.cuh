@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/carver.h"
+#include "common/cuda_check.cuh"
 #include "common/half.cuh"
 #include "vq/vq.h"
 
@@ -42,69 +44,73 @@ struct Prepared {
   int* largest_rounding;    // [1], of all |(c - m) - its bfloat16|^2
   int* undecided_count;     // [1]
   std::int64_t* undecided;  // rows, in any order
+  double* losses;           // [loss_parts(n)], of quantisations: sums of distances
+  int* finished_losses;     // [1], how many of them are there
 
   __host__ __device__ const float* scored() const { return directions ? directions : codebook; }
 };
 
-// Hands out parts of the workspace, each on a 16-byte boundary; without one it only counts.
-class Carver {
- public:
-  explicit Carver(float* base) : base_(base) {}
+// Rows of a part of the loss's sum, whatever the device: its order is always the same.
+constexpr std::int64_t kLossRows = tile_or_emulated(2048, 512);
+constexpr std::int64_t loss_parts(std::int64_t n) { return (n + kLossRows - 1) / kLossRows; }
 
-  template <class T>
-  T* take(std::int64_t count) {
-    float* at = base_ ? base_ + used_ : nullptr;
-    used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 15) / 16 * 4;
-    return reinterpret_cast<T*>(at);
-  }
-  // For so many rows, and half norms for so many codes.
-  Prepared take_prepared(const Codes& codes, std::int64_t padded_codes, std::int64_t rows) {
-    const std::int64_t d = codes.d;
-    return {codes.metric,
-            codes.codebook,
-            codes.k,
-            d,
-            codes.metric == Metric::kCosine ? take<float>(codes.k * d) : nullptr,
-            take<float>(d),
-            take<float>(d),
-            take<float>(padded_codes),
-            take<int>(1),
-            take<int>(1),
-            take<int>(1),
-            take<std::int64_t>(rows)};
-  }
-  std::int64_t floats() const { return used_; }
+// For a search of n rows, of which at most `rows` are undecided at a time, and half norms for so
+// many codes.
+inline Prepared take_prepared(Carver& carver, const Codes& codes, std::int64_t padded_codes,
+                              std::int64_t rows, std::int64_t n) {
+  const std::int64_t d = codes.d;
+  return {codes.metric,
+          codes.codebook,
+          codes.k,
+          d,
+          codes.metric == Metric::kCosine ? carver.take<float>(codes.k * d, "directions") : nullptr,
+          carver.take<float>(d, "center"),
+          carver.take<float>(d, "row_center"),
+          carver.take<float>(padded_codes, "half_norms"),
+          carver.take<int>(1, "largest_half_norm"),
+          carver.take<int>(1, "largest_rounding"),
+          carver.take<int>(1, "undecided_count"),
+          carver.take<std::int64_t>(rows, "undecided"),
+          carver.take<double>(loss_parts(n), "losses"),
+          carver.take<int>(1, "finished_losses")};
+}
 
- private:
-  float* base_;
-  std::int64_t used_ = 0;
+// What a search leaves of every row.
+struct Results {
+  std::int64_t* indices;  // [n]
+  float* distance;        // [n]; of a quantisation |x - c|^2, whatever the metric
+  Rows<void> quantized;   // the codes, in the dtype of x; without data unless it quantises
 };
 
-// Writes the directions, both centres, and zeros to the maxima and to the count of undecided rows.
+// Writes the directions, both centres, and zeros to the maxima and to both counts.
 void launch_center(const Prepared& codes, cudaStream_t stream);
 
 // The nearest codes of at most `most` undecided rows by float64 distance, whatever the data.
 void launch_search(const AnyRows& x, const Prepared& codes, std::int64_t most, cudaStream_t stream,
-                   std::int64_t* indices, float* distance);
+                   const Results& results);
 
-// The roads, each with the floats of workspace that it wants.
+// total = scale * the sum of all distances, in float64 in a fixed order.
+void launch_total(const Prepared& codes, const float* distance, std::int64_t n, double scale,
+                  cudaStream_t stream, float* total);
+
+// The roads, each with the floats of workspace that it wants. They return what they prepared.
 std::int64_t workspace_size_plain(std::int64_t n, const Codes& codes);
-void nearest_plain(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                   float* workspace, std::int64_t* indices, float* distance);
+Prepared nearest_plain(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                       float* workspace, const Results& results);
 
 std::int64_t workspace_size_small(std::int64_t n, const Codes& codes);
-void nearest_small(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                   float* workspace, std::int64_t* indices, float* distance);
+Prepared nearest_small(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                       float* workspace, const Results& results);
 
 std::int64_t workspace_size_mma(std::int64_t n, const Codes& codes);
-void nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                 float* workspace, std::int64_t* indices, float* distance);
+Prepared nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                     float* workspace, const Results& results);
 
 // The road through Hopper's tensor cores, vq_cuda_hopper.cu; whether it was built.
 bool hopper_is_built();
 std::int64_t workspace_size_hopper(std::int64_t n, const Codes& codes);
-void nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                    float* workspace, std::int64_t* indices, float* distance);
+Prepared nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                        float* workspace, const Results& results);
 
 inline unsigned blocks_for(std::int64_t threads, std::int64_t block) {
   return static_cast<unsigned>((threads + block - 1) / block);
@@ -173,6 +179,19 @@ __device__ inline float twice_error_bound(Metric metric, float x, float radius, 
          4 * steps * FLT_MIN * (1 + x + radius);
 }
 
+// |x - c|^2 in float64, by a warp.
+template <class T>
+__device__ double warp_squares(const Prepared& codes, const T* row, std::int64_t channel_stride,
+                               std::int64_t code) {
+  const float* c = codes.codebook + code * codes.d;
+  double sum = 0;
+  for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
+    const double difference = static_cast<double>(to_float(row[t * channel_stride])) - c[t];
+    sum = fma(difference, difference, sum);
+  }
+  return warp_sum(sum);
+}
+
 // What codes are compared by in float64, by a warp: |x - c|^2, -x.c or -x.c / |c|. Infinite for a
 // code that is not finite, which sums of finite numbers never are.
 template <class T>
@@ -181,11 +200,7 @@ __device__ double warp_distance(const Prepared& codes, const T* row, std::int64_
   const float* c = codes.codebook + code * codes.d;
   double sum = 0, squares = 0;
   if (codes.metric == Metric::kL2) {
-    for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
-      const double difference = static_cast<double>(to_float(row[t * channel_stride])) - c[t];
-      sum = fma(difference, difference, sum);
-    }
-    sum = warp_sum(sum);
+    sum = warp_squares(codes, row, channel_stride, code);
   } else {
     for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
       sum = fma(static_cast<double>(to_float(row[t * channel_stride])), static_cast<double>(c[t]),
@@ -210,6 +225,28 @@ __device__ float warp_result(const Prepared& codes, const T* row, std::int64_t c
     squares = fma(value, value, squares);
   }
   return static_cast<float>(1 + compared / fmax(sqrt(warp_sum(squares)), 1e-300));
+}
+
+// By a warp, once the nearest code of a row is known. Where channels do not lie side by side, every
+// lane writes to another sector, of which the warps of a block, with the rows beside, fill the rest
+// before it leaves the L2 cache. A pass of its own would read the codes in such a way instead.
+template <class T>
+__device__ void write_result(const Results& results, const Prepared& codes, std::int64_t r,
+                             const T* row, std::int64_t channel_stride, std::int64_t index,
+                             float distance) {
+  if (const Rows<void>& q = results.quantized; q.data != nullptr) {
+    T* to = static_cast<T*>(q.data) + row_offset(r, q.inner, q.outer_stride, q.inner_stride);
+    const float* code = codes.codebook + index * codes.d;
+    for (std::int64_t t = threadIdx.x % kWarp; t < codes.d; t += kWarp) {
+      to[t * q.channel_stride] = from_float<T>(code[t]);
+    }
+    if (codes.metric != Metric::kL2) {
+      distance = static_cast<float>(warp_squares(codes, row, channel_stride, index));
+    }
+  }
+  if (threadIdx.x % kWarp != 0) return;
+  results.indices[r] = index;
+  results.distance[r] = distance;
 }
 
 // The nearest of the codes offered, the lowest one on ties, in any order.

@@ -27,18 +27,15 @@ using std::int64_t;
 // One warp per row: joins the lists and compares those of their codes that still pass.
 template <class T>
 __global__ void resolve_coarse_kernel(Rows<const T> x, int64_t first, int64_t count, Prepared codes,
-                                      Coarse coarse, int lists, int64_t* __restrict__ indices,
-                                      float* __restrict__ distance) {
+                                      Coarse coarse, int lists, Results results) {
   const int64_t i = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (i >= count) return;
   const int64_t r = first + i;
+  const T* row = row_pointer(x, r);
   const RowBounds bounds = coarse.bounds[i];
   if (isnan(bounds.margin)) {
-    if (lane == 0) {
-      indices[r] = 0;
-      distance[r] = not_a_number();
-    }
+    write_result(results, codes, r, row, x.channel_stride, 0, not_a_number());
     return;
   }
   float best = -infinity();
@@ -49,7 +46,6 @@ __global__ void resolve_coarse_kernel(Rows<const T> x, int64_t first, int64_t co
     best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
   }
   const float threshold = best - bounds.below(best);
-  const T* row = row_pointer(x, r);
   Nearest nearest{infinity(), codes.k};
   bool decided = best > -infinity();  // else the row was given up, or no code can be used
   for (int base = 0; decided && base < lists; base += kWarp) {
@@ -75,9 +71,7 @@ __global__ void resolve_coarse_kernel(Rows<const T> x, int64_t first, int64_t co
     return;
   }
   const float result = warp_result(codes, row, x.channel_stride, nearest.distance);
-  if (lane != 0) return;
-  indices[r] = nearest.index;
-  distance[r] = result;
+  write_result(results, codes, r, row, x.channel_stride, nearest.index, result);
 }
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -92,7 +86,7 @@ Workspace carve(float* base, int64_t n, const Codes& codes, const CoarseRoad& ro
   Carver carver(base);
   Workspace w;
   const int64_t rows = n < kSlabRows ? n : kSlabRows;
-  w.codes = carver.take_prepared(codes, codes.k, rows);
+  w.codes = take_prepared(carver, codes, codes.k, rows, n);
   Coarse& c = w.coarse;
   c.padded_rows = round_up(rows, road.block_rows);
   c.padded_codes = round_up(codes.k, road.block_codes);
@@ -104,13 +98,13 @@ Workspace carve(float* base, int64_t n, const Codes& codes, const CoarseRoad& ro
                     road.swizzled};
   const int64_t lists = road.splits(rows, codes.k) * road.lists_of_split * c.padded_rows;
   // Bulk copies and swizzled tiles want no more than 16 bytes of alignment in global memory.
-  c.rows = carver.take<__nv_bfloat16>(channels * c.padded_rows);
-  c.codes = carver.take<__nv_bfloat16>(channels * c.padded_codes);
-  c.bias = carver.take<float>(c.padded_codes);
-  c.bounds = carver.take<RowBounds>(c.padded_rows);
-  c.lists = carver.take<List>(lists);
-  c.candidates = carver.take<Candidate>(lists * kCapacity);
-  w.floats = carver.floats();
+  c.rows = carver.take<__nv_bfloat16>(channels * c.padded_rows, "rows");
+  c.codes = carver.take<__nv_bfloat16>(channels * c.padded_codes, "codes");
+  c.bias = carver.take<float>(c.padded_codes, "bias");
+  c.bounds = carver.take<RowBounds>(c.padded_rows, "bounds");
+  c.lists = carver.take<List>(lists, "lists");
+  c.candidates = carver.take<Candidate>(lists * kCapacity, "candidates");
+  w.floats = carver.size<float>();
   return w;
 }
 
@@ -120,8 +114,8 @@ int64_t workspace_size_coarse(int64_t n, const Codes& codes, const CoarseRoad& r
   return carve(nullptr, n, codes, road).floats;
 }
 
-void nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,
-                    cudaStream_t stream, float* workspace, int64_t* indices, float* distance) {
+Prepared nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,
+                        cudaStream_t stream, float* workspace, const Results& results) {
   const int64_t n = x.rows.count();
   const Workspace w = carve(workspace, n, codes, road);
   const int64_t tiles = w.coarse.padded_codes / road.block_codes;
@@ -140,10 +134,11 @@ void nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road
     road.launch(w.coarse, blocks, tiles_per_split, splits, device, stream);
     with_rows(x, [&](const auto& rows) {
       resolve_coarse_kernel<<<blocks_for(count * kWarp, 256), 256, 0, stream>>>(
-          rows, first, count, w.codes, w.coarse, lists, indices, distance);
+          rows, first, count, w.codes, w.coarse, lists, results);
     });
-    launch_search(x, w.codes, count, stream, indices, distance);
+    launch_search(x, w.codes, count, stream, results);
   }
+  return w.codes;
 }
 
 }  // namespace t2p::vq

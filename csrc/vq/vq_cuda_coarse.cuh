@@ -93,8 +93,8 @@ struct CoarseRoad {
 constexpr std::int64_t kSlabRows = tile_or_emulated(528 * 256, 512);
 
 std::int64_t workspace_size_coarse(std::int64_t n, const Codes& codes, const CoarseRoad& road);
-void nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,
-                    cudaStream_t stream, float* workspace, std::int64_t* indices, float* distance);
+Prepared nearest_coarse(const AnyRows& x, const Codes& codes, const CoarseRoad& road, int device,
+                        cudaStream_t stream, float* workspace, const Results& results);
 
 __device__ inline RowBounds bound_row(Metric metric, float squares, float near_squares,
                                       float off_squares, float largest_half_norm,

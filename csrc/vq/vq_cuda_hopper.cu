@@ -289,9 +289,9 @@ int64_t workspace_size_hopper(int64_t n, const Codes& codes) {
   return workspace_size_coarse(n, codes, kRoad);
 }
 
-void nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                    float* workspace, int64_t* indices, float* distance) {
-  nearest_coarse(x, codes, kRoad, device, stream, workspace, indices, distance);
+Prepared nearest_hopper(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                        float* workspace, const Results& results) {
+  return nearest_coarse(x, codes, kRoad, device, stream, workspace, results);
 }
 
 }  // namespace t2p::vq

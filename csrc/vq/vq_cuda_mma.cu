@@ -196,9 +196,9 @@ int64_t workspace_size_mma(int64_t n, const Codes& codes) {
 // The floor for 65536 x 16384 x 256 on an H200: 2 n k d = 550 GFLOP, 0.70 ms at the 780 TFLOP/s of
 // a dense bfloat16 product there (wgmma; mma.sync reaches less of it); 84 MB of rows and codes
 // moved once, 0.02 ms at 4.3 TB/s. The tensor cores bind. Not yet run on a GPU.
-void nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
-                 float* workspace, int64_t* indices, float* distance) {
-  nearest_coarse(x, codes, kRoad, device, stream, workspace, indices, distance);
+Prepared nearest_mma(const AnyRows& x, const Codes& codes, int device, cudaStream_t stream,
+                     float* workspace, const Results& results) {
+  return nearest_coarse(x, codes, kRoad, device, stream, workspace, results);
 }
 
 }  // namespace t2p::vq

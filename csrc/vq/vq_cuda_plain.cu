@@ -169,8 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // One warp per row: joins the splits, and notes the row if its best is not proven.
 template <class T>
 __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
-                               const Best* __restrict__ best_of_splits,
-                               int64_t* __restrict__ indices, float* __restrict__ distance) {
+                               const Best* __restrict__ best_of_splits, Results results) {
   const int64_t n = x.outer * x.inner, d = codes.d;
   const int64_t r = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -186,10 +185,7 @@ __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
     squares = fmaf(centred, centred, squares);
   }
   if (!__all_sync(kAllLanes, finite)) {
-    if (lane == 0) {
-      indices[r] = 0;
-      distance[r] = not_a_number();
-    }
+    write_result(results, codes, r, row, x.channel_stride, 0, not_a_number());
     return;
   }
   Best best = best_of_splits[r];
@@ -203,10 +199,7 @@ __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
   }
   const double exact = warp_distance(codes, row, x.channel_stride, best.index);
   const float result = warp_result(codes, row, x.channel_stride, exact);
-  if (lane == 0) {
-    indices[r] = best.index;
-    distance[r] = result;
-  }
+  write_result(results, codes, r, row, x.channel_stride, best.index, result);
 }
 
 struct Workspace {
@@ -218,9 +211,9 @@ struct Workspace {
 Workspace carve(float* base, int64_t n, const Codes& codes) {
   Carver carver(base);
   Workspace w;
-  w.codes = carver.take_prepared(codes, codes.k, n);
-  w.best = carver.take<Best>(split_count(n, codes.k) * n);
-  w.floats = carver.floats();
+  w.codes = take_prepared(carver, codes, codes.k, n, n);
+  w.best = carver.take<Best>(split_count(n, codes.k) * n, "best");
+  w.floats = carver.size<float>();
   return w;
 }
 
@@ -230,8 +223,8 @@ int64_t workspace_size_plain(int64_t n, const Codes& codes) {
   return carve(nullptr, n, codes).floats;
 }
 
-void nearest_plain(const AnyRows& x, const Codes& codes, int, cudaStream_t stream, float* workspace,
-                   int64_t* indices, float* distance) {
+Prepared nearest_plain(const AnyRows& x, const Codes& codes, int, cudaStream_t stream,
+                       float* workspace, const Results& results) {
   const int64_t n = x.rows.count(), k = codes.k;
   const Workspace w = carve(workspace, n, codes);
   const int64_t tiles = (k + kTileCodes - 1) / kTileCodes, splits = split_count(n, k);
@@ -244,9 +237,10 @@ void nearest_plain(const AnyRows& x, const Codes& codes, int, cudaStream_t strea
   with_rows(x, [&](const auto& rows) {
     scan_kernel<<<grid, kThreads, 0, stream>>>(rows, w.codes, tiles_per_split, w.best);
     resolve_kernel<<<blocks_for(n * kWarp, 256), 256, 0, stream>>>(
-        rows, w.codes, static_cast<int>(used_splits), w.best, indices, distance);
+        rows, w.codes, static_cast<int>(used_splits), w.best, results);
   });
-  launch_search(x, w.codes, n, stream, indices, distance);
+  launch_search(x, w.codes, n, stream, results);
+  return w.codes;
 }
 
 }  // namespace t2p::vq

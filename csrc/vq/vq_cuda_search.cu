@@ -38,7 +38,8 @@ __global__ void center_kernel(Prepared codes) {
   const int lane = threadIdx.x % kWarp;
   if (t >= codes.d) return;
   if (t == 0 && lane == 0) {
-    *codes.largest_half_norm = *codes.largest_rounding = *codes.undecided_count = 0;
+    *codes.largest_half_norm = *codes.largest_rounding = 0;
+    *codes.undecided_count = *codes.finished_losses = 0;
   }
   const int64_t samples = codes.k < 256 ? codes.k : 256;
   double sum = 0;
@@ -55,8 +56,7 @@ __global__ void center_kernel(Prepared codes) {
 // not proven to be above that of another.
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads)
-    search_kernel(Rows<const T> x, Prepared codes, int64_t* __restrict__ indices,
-                  float* __restrict__ distance) {
+    search_kernel(Rows<const T> x, Prepared codes, Results results) {
   __shared__ Nearest found[kSearchWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t k = codes.k, d = codes.d, rows = *codes.undecided_count;
@@ -100,10 +100,7 @@ __global__ void __launch_bounds__(kSearchThreads)
     if (warp == 0) {
       for (int w = 1; w < kSearchWarps; ++w) nearest.offer(found[w].distance, found[w].index);
       const float result = warp_result(codes, row, x.channel_stride, nearest.distance);
-      if (lane == 0) {
-        indices[r] = nearest.index;
-        distance[r] = result;
-      }
+      write_result(results, codes, r, row, x.channel_stride, nearest.index, result);
     }
     __syncthreads();
   }
@@ -119,12 +116,12 @@ void launch_center(const Prepared& codes, cudaStream_t stream) {
 }
 
 void launch_search(const AnyRows& x, const Prepared& codes, int64_t most, cudaStream_t stream,
-                   int64_t* indices, float* distance) {
+                   const Results& results) {
   // How many rows there are is known on the device alone: enough blocks to fill it.
   constexpr int64_t kBlocks = tile_or_emulated(512, 16);
   const auto blocks = static_cast<unsigned>(most < kBlocks ? most : kBlocks);
   with_rows(x, [&](const auto& rows) {
-    search_kernel<<<blocks, kSearchThreads, 0, stream>>>(rows, codes, indices, distance);
+    search_kernel<<<blocks, kSearchThreads, 0, stream>>>(rows, codes, results);
   });
 }
 

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // second group may hold it leaves the row undecided.
 template <class T>
 __global__ void resolve_small_kernel(Rows<const T> x, Prepared codes, Small small, int splits,
-                                     int64_t* __restrict__ indices, float* __restrict__ distance) {
+                                     Results results) {
   const int64_t n = x.outer * x.inner, d = codes.d;
   const int64_t r = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -164,10 +164,7 @@ __global__ void resolve_small_kernel(Rows<const T> x, Prepared codes, Small smal
   const T* row = row_pointer(x, r);
   const float value = lane < d ? to_float(row[lane * x.channel_stride]) : 0.0f;
   if (!__all_sync(kAllLanes, isfinite(value))) {
-    if (lane == 0) {
-      indices[r] = 0;
-      distance[r] = not_a_number();
-    }
+    write_result(results, codes, r, row, x.channel_stride, 0, not_a_number());
     return;
   }
   const float centred = lane < d ? value - codes.row_center[lane] : 0.0f;
@@ -217,10 +214,7 @@ __global__ void resolve_small_kernel(Rows<const T> x, Prepared codes, Small smal
                   __shfl_xor_sync(kAllLanes, nearest.index, step));
   }
   const float result = warp_result(codes, row, x.channel_stride, nearest.distance);
-  if (lane == 0) {
-    indices[r] = nearest.index;
-    distance[r] = result;
-  }
+  write_result(results, codes, r, row, x.channel_stride, nearest.index, result);
 }
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -245,10 +239,10 @@ Workspace carve(float* base, int64_t n, const Codes& codes) {
   Carver carver(base);
   Workspace w;
   w.small.padded_codes = round_up(codes.k, kGroup);
-  w.codes = carver.take_prepared(codes, w.small.padded_codes, n);
-  w.small.codes = carver.take<float>(w.small.padded_codes * width_for(codes.d));
-  w.small.groups = carver.take<Groups>(split_count(n, codes) * n);
-  w.floats = carver.floats();
+  w.codes = take_prepared(carver, codes, w.small.padded_codes, n, n);
+  w.small.codes = carver.take<float>(w.small.padded_codes * width_for(codes.d), "codes");
+  w.small.groups = carver.take<Groups>(split_count(n, codes) * n, "groups");
+  w.floats = carver.size<float>();
   return w;
 }
 
@@ -268,8 +262,8 @@ int64_t workspace_size_small(int64_t n, const Codes& codes) {
   return carve(nullptr, n, codes).floats;
 }
 
-void nearest_small(const AnyRows& x, const Codes& codes, int, cudaStream_t stream, float* workspace,
-                   int64_t* indices, float* distance) {
+Prepared nearest_small(const AnyRows& x, const Codes& codes, int, cudaStream_t stream,
+                       float* workspace, const Results& results) {
   const int64_t n = x.rows.count();
   const Workspace w = carve(workspace, n, codes);
   const int64_t groups = w.small.padded_codes / kGroup, wanted = split_count(n, codes);
@@ -287,9 +281,10 @@ void nearest_small(const AnyRows& x, const Codes& codes, int, cudaStream_t strea
   launch(x, w, splits, groups_per_split, stream);
   with_rows(x, [&](const auto& rows) {
     resolve_small_kernel<<<blocks_for(n * kWarp, 256), 256, 0, stream>>>(
-        rows, w.codes, w.small, static_cast<int>(splits), indices, distance);
+        rows, w.codes, w.small, static_cast<int>(splits), results);
   });
-  launch_search(x, w.codes, n, stream, indices, distance);
+  launch_search(x, w.codes, n, stream, results);
+  return w.codes;
 }
 
 }  // namespace t2p::vq

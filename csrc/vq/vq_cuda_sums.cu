@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What comes after the search on CUDA: codes by index, sums of rows by code, and the loss.
+// What comes after the search on CUDA: codes by index, and the loss.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
+#include "common/reduce.cuh"
 #include "vq/vq_cuda.cuh"
 
 namespace t2p::vq {
@@ -32,34 +33,34 @@ __global__ void lookup_kernel(const int64_t* __restrict__ indices,
   }
 }
 
-// One block per code, one thread per channel; the rows of a code are added in their order.
-template <class T>
-__global__ void accumulate_kernel(Rows<const T> x, const int64_t* __restrict__ order,
-                                  const int64_t* __restrict__ begin, int64_t k,
-                                  float* __restrict__ counts, float* __restrict__ sums) {
-  for (int64_t j = blockIdx.x; j < k; j += gridDim.x) {
-    if (threadIdx.x == 0) counts[j] = static_cast<float>(begin[j + 1] - begin[j]);
-    for (int64_t t = threadIdx.x; t < x.d; t += blockDim.x) {
-      double sum = 0;
-      for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
-        sum += to_float(row_pointer(x, order[i])[t * x.channel_stride]);
-      }
-      sums[j * x.d + t] = static_cast<float>(sum);
-    }
-  }
-}
+constexpr int kTotalThreads = 256;
 
-// One block: a fixed order, whatever the device.
-__global__ void total_kernel(const float* __restrict__ distance, int64_t n, double scale,
-                             float* __restrict__ total) {
-  __shared__ double partial[kWarp];
+// A block adds up one part of the rows, and the last one to be done all parts, each in a fixed
+// order. What blocks tell each other goes by volatile accesses on either side of a fence.
+__global__ void __launch_bounds__(kTotalThreads)
+    total_kernel(const float* __restrict__ distance, int64_t n, double scale,
+                 volatile double* losses, int* finished, float* __restrict__ total) {
+  __shared__ double partial[kTotalThreads / kWarp];
+  __shared__ bool last;
+  const auto reduced = [&](double value) {
+    return block_reduce<kTotalThreads / kWarp>(value, partial,
+                                               [](double a, double b) { return a + b; });
+  };
+  const int64_t first = blockIdx.x * kLossRows, end = min(n, first + kLossRows);
   double sum = 0;
-  for (int64_t r = threadIdx.x; r < n; r += blockDim.x) sum += distance[r];
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sum;
+  for (int64_t r = first + threadIdx.x; r < end; r += kTotalThreads) sum += distance[r];
+  sum = reduced(sum);
+  if (threadIdx.x == 0) {
+    losses[blockIdx.x] = sum;
+    __threadfence();
+    last = atomicAdd(finished, 1) == static_cast<int>(gridDim.x) - 1;
+  }
   __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  sum = warp_sum(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : 0.0);
+  if (!last) return;
+  __threadfence();
+  sum = 0;
+  for (unsigned part = threadIdx.x; part < gridDim.x; part += kTotalThreads) sum += losses[part];
+  sum = reduced(sum);
   if (threadIdx.x == 0) *total = static_cast<float>(scale * sum);
 }
 
@@ -79,23 +80,10 @@ void lookup_cuda(const int64_t* indices, const float* codebook, int64_t k, int d
   check_launch("vq_lookup");
 }
 
-void accumulate_cuda(const AnyRows& x, const int64_t* order, const int64_t* begin, int64_t k,
-                     int device, void* stream, float* counts, float* sums) {
-  const DeviceGuard guard(device, "vq_accumulate");
-  constexpr int64_t kMost = tile_or_emulated(65536, 8);
-  const auto blocks = static_cast<unsigned>(k < kMost ? k : kMost);
-  with_rows(x, [&](const auto& rows) {
-    accumulate_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(rows, order, begin, k,
-                                                                             counts, sums);
-  });
-  check_launch("vq_accumulate");
-}
-
-void total_cuda(const float* distance, int64_t n, double scale, int device, void* stream,
-                float* total) {
-  const DeviceGuard guard(device, "vq_quantize");
-  total_kernel<<<1, 1024, 0, static_cast<cudaStream_t>(stream)>>>(distance, n, scale, total);
-  check_launch("vq_quantize");
+void launch_total(const Prepared& codes, const float* distance, int64_t n, double scale,
+                  cudaStream_t stream, float* total) {
+  total_kernel<<<grid_size(loss_parts(n), "vq_quantize"), kTotalThreads, 0, stream>>>(
+      distance, n, scale, codes.losses, codes.finished_losses, total);
 }
 
 }  // namespace t2p::vq

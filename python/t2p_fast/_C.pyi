@@ -70,11 +70,20 @@ def vq_nearest(
 def vq_packed_size(codebook: Tensor, metric: str, threads: int) -> int: ...
 def vq_pack(codebook: Tensor, metric: str, packed: Tensor, threads: int) -> None: ...
 def vq_lookup(indices: Tensor, codebook: Tensor, out: Tensor, threads: int) -> None: ...
+def vq_accumulate_workspace_size(n: int, k: int) -> int: ...
 def vq_accumulate(
-    x: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, threads: int
+    x: Tensor, indices: Tensor, workspace: Tensor, counts: Tensor, sums: Tensor, threads: int
 ) -> None: ...
-def vq_accumulate_sorted(
-    x: Tensor, order: Tensor, begin: Tensor, counts: Tensor, sums: Tensor
+def vq_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    scale: float,
+    workspace: Tensor,
+    indices: Tensor,
+    distance: Tensor,
+    quantized: Tensor,
+    total: Tensor,
 ) -> None: ...
 def vq_total(distance: Tensor, scale: float, total: Tensor) -> None: ...
 def attention(

@@ -13,6 +13,7 @@ from t2p_fast.ops import (
     mrf_mean_field,
     scheduler_step,
     vq_nearest,
+    vq_quantize,
 )
 
 Case = tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]
@@ -25,6 +26,11 @@ def _normal(*shape: int, seed: int) -> Tensor:
 def _nearest(seed: int, d: int) -> Case:
     inputs = _normal(300, d, seed=seed), _normal(500, d, seed=seed + 1)
     return inputs, lambda x, codes: vq_nearest(x, codes, return_distance=True)
+
+
+def _quantize(seed: int, d: int) -> Case:
+    inputs = _normal(2, d, 15, 10, seed=seed), _normal(500, d, seed=seed + 1)
+    return inputs, lambda x, codes: vq_quantize(x, codes, channel_dim=1)
 
 
 def _group_norm(seed: int) -> Case:
@@ -61,6 +67,8 @@ def _mean_field(seed: int) -> Case:
 CASES: dict[str, Callable[[int], Case]] = {
     "vq_nearest, few channels": lambda seed: _nearest(seed, 8),
     "vq_nearest, tensor cores": lambda seed: _nearest(seed, 48),
+    "vq_quantize, few channels": lambda seed: _quantize(seed, 8),
+    "vq_quantize, tensor cores": lambda seed: _quantize(seed, 48),
     "group_norm_silu": _group_norm,
     "scheduler_step": _step,
     "masked_sample": _sample,

@@ -68,11 +68,13 @@ def compile_library(source: Path, arch: str = "80") -> Path:
     runtime = Path(__file__).parent / "cudart" / "fake_cudart.cpp"
     options = [
         "-shared", "-Xcompiler=-fPIC", "-cudart=none", "--no-compress", "-lineinfo",
+        "-DT2P_EMULATED_TILE",
         f"-gencode=arch=compute_{arch},code=compute_{arch}", f"-I{ROOT / 'csrc'}", str(source),
         str(runtime),
     ]  # fmt: skip
-    guard = ROOT / "csrc" / "common" / "cuda_check.cuh"
-    return _compiled([source, runtime, guard], f"{arch}.so", options)
+    common = ROOT / "csrc" / "common"
+    headers = [common / "cuda_check.cuh", common / "carver.h"]
+    return _compiled([source, runtime, *headers], f"{arch}.so", options)
 
 
 def _compiled(sources: list[Path], ending: str, options: list[str]) -> Path:

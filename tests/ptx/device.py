@@ -55,6 +55,7 @@ _TYPES = {
                   ctypes.POINTER(ctypes.c_int)),
     "static_shared": (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)),
     "variable": (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p),
+    "part": (ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p),
 }  # fmt: skip
 
 
@@ -166,6 +167,16 @@ class Device:
             if region.low <= low and high <= region.high:
                 region.mark_written(low, high)
         return _SUCCESS
+
+    def _part(self, base: int, offset: int, size: int, name: bytes) -> int:
+        """A launcher's `Carver` hands out a part of its workspace."""
+        for region in self.memory.regions:
+            start = base - region.origin
+            if region.low <= start and start + offset + size <= region.high:
+                region.take_part(start, start + offset, start + offset + size, name.decode())
+                return _SUCCESS
+        return self._fail("out of bounds", f"{name.decode()}, {size} bytes at {offset}, is not in "
+                          "the workspace", "Carver::take")  # fmt: skip
 
     # Kernels --------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class Region:
         self.ordinary: Array | None = None  # granules that only a fence shows to the async proxy
         self.shadow = Shadow(count) if races else None
         self._part, self._symbols = part, symbols or {}
+        self._parts: list[tuple[int, int, str]] = []  # of a workspace
         self._typed: dict[Any, Array] = {}
 
     # Reports --------------------------------------------------------------------------------------
@@ -75,6 +76,9 @@ class Region:
                 name = variable_name(self._symbols[start])
                 return f"{name} + {offset - start} ({self.name} + {offset})"
             return f"{self.name} + {offset} of {self._part} bytes"
+        if self._parts:
+            low, high, name = min(self._parts, key=lambda p: max(p[0] - offset, offset - p[1] + 1))
+            return f"{name} in {self.name} + {offset - low} of {high - low} bytes"
         return f"{self.name} + {offset - self.low} of {self.high - self.low} bytes"
 
     # State ----------------------------------------------------------------------------------------
@@ -109,6 +113,19 @@ class Region:
             share[low:high] = True
         holes = np.tile(share, len(self.data) // len(share))
         self.holes = holes.reshape(-1, 1 << self.shift).all(1)
+
+    def take_part(self, start: int, low: int, high: int, name: str) -> None:
+        """Bytes `low` to `high` are a part of a workspace: from its `start` on, only parts may be
+        touched. One that begins at `start` is the first."""
+        while (start | low | high) & ((1 << self.shift) - 1):
+            self._refine(1 << self.shift >> 1)
+        if low == start:
+            self._parts = []
+            self.holes = np.zeros(-(-len(self.data) // (1 << self.shift)), bool)
+            self.holes[start >> self.shift :] = True
+        assert self.holes is not None
+        self.holes[low >> self.shift : high >> self.shift] = False
+        self._parts.append((low, high, name))
 
     def mark_written(self, low: int, high: int) -> None:
         """The host has written to bytes `low` to `high` of `data`."""
@@ -158,11 +175,13 @@ class Region:
             raise Violation(fault, f"{detail}{self.describe(offset)}", int(lanes[at // each]))
 
         # Of shared memory, reads of what nobody could have written to show below.
-        if self.holes is not None and (writes or self.written is None):
+        if self.holes is not None and (writes or self.written is None or self._parts):
             bad = self.holes[granules]
             if np.count_nonzero(bad):
                 complain(
-                    "out of bounds", f"{kind} outside of variable or view: ", int(bad.argmax())
+                    "out of bounds",
+                    f"{kind} outside of variable, view or part: ",
+                    int(bad.argmax()),
                 )
         if self.pending_count and self.pending is not None:
             bad = self.pending[granules]

@@ -54,13 +54,13 @@ def forgetful():
     return torch.empty(3, 4).fill_(0), x.new_empty(5)
 
 def read_of_nothing():
-    _C.vq_total(x.new_empty(70), 1.0, torch.empty([]))
+    _C.vq_lookup(indices.new_empty(70), codebook, torch.empty(70, 40, 1), 1)
     return x
 
 def writes_itself():
-    total = x.new_empty([])
-    _C.vq_total(distance, 1.0, total)
-    return total
+    codes = x.new_empty(70, 40, 1)
+    _C.vq_lookup(indices, codebook, codes, 1)
+    return codes
 
 attempt("a result never written", emulation.on_cuda(forgetful))
 attempt("an input never written", emulation.on_cuda(read_of_nothing))
@@ -88,8 +88,8 @@ def test_emulated_device() -> None:
     assert found["as it is"] == found["a strided output"] == found["a result written"] == "passed"
     assert "unwritten result: element (0,) of result 1" in found["a result never written"]
     missing = found["an input never written"]
-    assert "uninitialised read: nobody has written to distance + 0 of 280 bytes" in missing
-    assert re.search(r"in t2p::vq::total_kernel at vq_cuda_sums\.cu:\d+", missing)
+    assert "uninitialised read: nobody has written to indices + 0 of 560 bytes" in missing
+    assert re.search(r"in t2p::vq::lookup_kernel<float> at vq_cuda_sums\.cu:\d+", missing)
     assert "synchronisation: the host would wait for the GPU" in found["a host that waits"]
     assert lines[-1].startswith("error: vq_lookup: indices")
 

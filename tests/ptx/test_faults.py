@@ -43,7 +43,7 @@ FAULTS: dict[str, dict[str, Any]] = {
         "kind": "out of bounds", "detail": "offset 256 of 256 bytes of shared memory",
         "dynamic": 256, "thread": 63},
     "shared_into_the_neighbour": {
-        "kind": "out of bounds", "detail": r"outside of variable or view: first \+ 256",
+        "kind": "out of bounds", "detail": r"outside of variable, view or part: first \+ 256",
         "more": [np.int32(1)], "thread": 63},
     "local_beyond_the_end": {
         "kind": "out of bounds", "detail": "offset 32 of 32 bytes of local memory",

@@ -30,11 +30,11 @@ def _as_rows(x: Tensor, channel_dim: int) -> Tensor:
     return x.reshape(outer, shape[channel_dim], inner)
 
 
-def _empty_like_rows(x: Tensor, channel_dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_like_rows(x: Tensor, channel_dim: int) -> Tensor:
     """An empty tensor shaped like `x` that `_as_rows` can view without a copy."""
     shape = x.shape
     rows = [math.prod(shape[:channel_dim]), shape[channel_dim], math.prod(shape[channel_dim + 1 :])]
-    return empty(rows, x, dtype).reshape(shape)
+    return empty(rows, x).reshape(shape)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -110,16 +110,11 @@ def _lookup_fake(indices: Tensor, codebook: Tensor, channel_dim: int) -> Tensor:
 
 def _accumulate(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
     counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    rows, threads = _as_rows(x.float(), channel_dim), torch.get_num_threads()
-    _C.vq_accumulate(rows, indices.contiguous(), counts, sums, threads)
-    return counts, sums
-
-
-def _accumulate_cuda(x: Tensor, indices: Tensor, k: int, channel_dim: int) -> tuple[Tensor, Tensor]:
-    counts, sums = _accumulate_fake(x, indices, k, channel_dim)
-    ordered, order = indices.flatten().sort(stable=True)
-    begin = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device))
-    _C.vq_accumulate_sorted(_as_rows(x, channel_dim), order, begin, counts, sums)
+    workspace = counts  # not looked at on the CPU
+    if x.is_cuda:
+        workspace = counts.new_empty(_C.vq_accumulate_workspace_size(indices.numel(), k))
+    rows, threads = _as_rows(_readable(x), channel_dim), torch.get_num_threads()
+    _C.vq_accumulate(rows, indices.contiguous(), workspace, counts, sums, threads)
     return counts, sums
 
 
@@ -138,28 +133,45 @@ def _quantize(
     channel_dim: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = _readable(x)
-    distance, indices = _nearest(rows, codebook, metric, channel_dim)
-    # The CUDA kernel rounds what it writes; other metrics want the codes as they are.
-    dtype = x.dtype if x.is_cuda and metric == "l2" else torch.float32
-    quantized = _empty_like_rows(rows, channel_dim, dtype)
+    rows, codes, threads = x.float(), codebook.float().contiguous(), torch.get_num_threads()
+    distance, indices = _nearest(rows, codes, metric, channel_dim)
+    quantized = _empty_like_rows(rows, channel_dim)
     loss = distance.new_empty([])
-    _C.vq_lookup(
-        indices,
-        codebook.float().contiguous(),
-        _as_rows(quantized, channel_dim),
-        torch.get_num_threads(),
-    )
+    _C.vq_lookup(indices, codes, _as_rows(quantized, channel_dim), threads)
     if metric != "l2":
         distance = (rows - quantized).square().sum(channel_dim)
     _C.vq_total(distance.contiguous(), (beta + codebook_weight) / max(x.numel(), 1), loss)
-    quantized = quantized.to(x.dtype)
-    if not statistics:
-        empty = distance.new_empty([0])
-        return quantized, indices, loss, empty, empty.new_empty([0, codebook.shape[1]])
-    accumulate = _accumulate_cuda if x.is_cuda else _accumulate
-    counts, sums = accumulate(rows, indices, codebook.shape[0], channel_dim)
+    counts, sums = _no_statistics(codebook)
+    if statistics:
+        counts, sums = _accumulate(rows, indices, codebook.shape[0], channel_dim)
+    return quantized.to(x.dtype), indices, loss, counts, sums
+
+
+def _quantize_cuda(
+    x: Tensor,
+    codebook: Tensor,
+    beta: float,
+    codebook_weight: float,
+    metric: str,
+    channel_dim: int,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    distance, indices = _nearest_fake(x, codebook, metric, channel_dim)
+    (k, d), codes = codebook.shape, codebook.float().contiguous()
+    quantized, loss = _empty_like_rows(x, channel_dim), distance.new_empty([])
+    scale = (beta + codebook_weight) / max(x.numel(), 1)
+    workspace = distance.new_empty(_C.vq_workspace_size(indices.numel(), k, d, metric))
+    rows, to = _as_rows(x, channel_dim), _as_rows(quantized, channel_dim)
+    _C.vq_quantize(rows, codes, metric, scale, workspace, indices, distance, to, loss)
+    counts, sums = _no_statistics(codebook)
+    if statistics:
+        counts, sums = _accumulate(x, indices, k, channel_dim)
     return quantized, indices, loss, counts, sums
+
+
+def _no_statistics(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    counts = codebook.new_empty([0], dtype=torch.float32)
+    return counts, counts.new_empty([0, codebook.shape[1]])
 
 
 def _quantize_fake(
@@ -313,13 +325,13 @@ _vq_lookup = define_op(
 _vq_accumulate = define_op(
     "vq_accumulate(Tensor x, Tensor indices, SymInt k, int channel_dim) -> (Tensor, Tensor)",
     cpu=_accumulate,
-    cuda=_accumulate_cuda,
     fake=_accumulate_fake,
 )
 _vq_quantize = define_op(
     "vq_quantize(Tensor x, Tensor codebook, float beta, float codebook_weight, str metric, "
     "int channel_dim, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_quantize,
+    cuda=_quantize_cuda,
     fake=_quantize_fake,
     setup_context=_quantize_setup_context,
     backward=_quantize_backward,

@@ -37,6 +37,7 @@ struct Handlers {
   int (*occupancy)(int module, const char* name, int threads, size_t shared, int* blocks);
   int (*static_shared)(int module, const char* name, int* bytes);
   void* (*variable)(int module, const char* name);  // where a __device__ variable lies
+  int (*part)(const void* base, size_t offset, size_t bytes, const char* name);
 };
 
 struct State {
@@ -117,6 +118,10 @@ extern "C" {
 void t2p_emulator_connect(const Handlers* handlers) {
   state().handlers = *handlers;
   state().connected = true;
+}
+// For csrc/common/carver.h
+void t2p_emulator_part(const void* base, size_t offset, size_t bytes, const char* name) {
+  if (state().connected) result(state().handlers.part(base, offset, bytes, name));
 }
 int t2p_emulator_modules() { return static_cast<int>(state().modules.size()); }
 const void* t2p_emulator_module(int index) { return state().modules[index]; }
