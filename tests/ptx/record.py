@@ -47,7 +47,7 @@ class Gpu:
         self("cuModuleLoadData", ctypes.byref(module), case.text().encode())
         self("cuModuleGetFunction", ctypes.byref(function), module, b"k")
         out = case.empty()
-        arrays = [out, *case.inputs()]
+        arrays = [out, *map(np.ascontiguousarray, case.inputs())]
         buffers = [ctypes.c_uint64() for _ in arrays]
         for buffer, array in zip(buffers, arrays, strict=True):
             self("cuMemAlloc_v2", ctypes.byref(buffer), ctypes.c_size_t(array.nbytes))
