@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import hypothesis
@@ -125,6 +126,33 @@ def hopper(emulated: bool, kernels: str) -> Iterator[None]:
     before, _C.device.capability = _C.device.capability, (9, 0)
     yield
     _C.device.capability = before
+
+
+@pytest.fixture
+def unwaiting(emulated: bool, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which what waits for the GPU raises, also an op that is known to."""
+
+    @contextmanager
+    def of_emulated() -> Iterator[None]:
+        from t2p_fast._library import _C
+
+        _C.may_wait = False
+        try:
+            yield
+        finally:
+            _C.may_wait = True
+
+    @contextmanager
+    def of_cuda() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    if emulated:
+        return of_emulated
+    return of_cuda if device.type == "cuda" else nullcontext
 
 
 @pytest.fixture

@@ -50,9 +50,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t a = threadIdx.x; a < v; a += kThreads) {
     float sum = 0;
     for (int64_t e = first; e < last; ++e) {
+      const float weight = edges.weight[e];
+      if (weight == 0) continue;  // a grid's edges are there whatever they weigh
       const int64_t slot = positions.slot[base + edges.node[e]];
       const float value = slot >= 0 ? get(q, slot * v + a) : (-1 - slot == a ? 1.0f : 0.0f);
-      sum = fmaf(edges.weight[e], value, sum);
+      sum = fmaf(weight, value, sum);
     }
     put(message, row * v + a, sum);
   }

@@ -31,7 +31,8 @@ def test_it_is_mean_field_with_its_weights(rank: int) -> None:
     known[0, :4], known[1, 8] = 2, 5
     w_c = mrf.w_c if mrf.w_b is None else mrf.w_c @ mrf.w_b.T
     expected = mrf_mean_field(unary, mrf.w_s, w_c, iterations=4, known=known)
-    torch.testing.assert_close(mrf(unary, known), expected, atol=1e-5, rtol=1e-4)
+    for told in (None, 8):
+        torch.testing.assert_close(mrf(unary, known, told), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_finish_keeps_what_is_known() -> None:
@@ -39,7 +40,7 @@ def test_finish_keeps_what_is_known() -> None:
     mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3))
     torch.nn.init.normal_(mrf.w_c)
     tokens = torch.randint(12, (4, 9))
-    full = mrf.finish(torch.randn(4, 9, 11), tokens)
+    full = mrf.finish(torch.randn(4, 9, 11), tokens, unknown=9)
     assert torch.equal(full[tokens < 11], tokens[tokens < 11])
     assert full.max() < 11
     assert full.min() >= 0

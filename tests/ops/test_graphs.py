@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: ops in a stream of their own and in a CUDA graph, which is replayed on other inputs."""
+"""On a GPU: ops in a stream of their own and in a CUDA graph, which is replayed on other inputs.
 
+Emulated or not, the host waits for the GPU in none of them: in a graph it cannot.
+"""
+
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor
 
 from t2p_fast.ops import (
+    GridWeights,
+    LowRank,
     group_norm_silu,
     masked_sample,
     mrf_mean_field,
@@ -16,6 +23,7 @@ from t2p_fast.ops import (
     vq_quantize,
 )
 
+Unwaiting = Callable[[], AbstractContextManager[None]]
 Case = tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]
 
 
@@ -64,6 +72,31 @@ def _mean_field(seed: int) -> Case:
     return inputs, lambda *tensors: (mrf_mean_field(*tensors, iterations=3),)
 
 
+def _partly_known(seed: int, name: str) -> Case:
+    """66 of 256 positions are to be found, others in every picture and with every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(2, 256, generator=generator).argsort(1)
+    known = torch.randint(0, 24, (2, 256), generator=generator).scatter(1, chosen[:, :66], -1)
+    inputs = [_normal(2, 256, 24, seed=seed), known, *_WEIGHTS[name]]
+
+    def call(unary: Tensor, known: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        table, label, *more = weights
+        w_s = table if len(table) == 256 else GridWeights(table, 16, 16)
+        w_c = LowRank(label, *more) if more else label
+        return (mrf_mean_field(unary, w_s, w_c, iterations=2, known=known, unknown=66),)
+
+    return tuple(inputs), call
+
+
+_WEIGHTS = {
+    "dense": (_normal(256, 256, seed=3) / 16, _normal(24, 24, seed=4)),
+    "bfloat16": (_normal(256, 256, seed=3) / 16, _normal(24, 24, seed=4).bfloat16()),
+    "grid": (_normal(31, 31, seed=3) / 16, _normal(24, 24, seed=4)),
+    "window": (_normal(3, 3, seed=3), torch.tensor(0.7)),
+    "window, labels": (_normal(5, 3, seed=3), _normal(24, 24, seed=4)),
+    "low rank": (_normal(31, 31, seed=3) / 16, _normal(24, 2, seed=4), _normal(24, 2, seed=5)),
+}
+
 CASES: dict[str, Callable[[int], Case]] = {
     "vq_nearest, few channels": lambda seed: _nearest(seed, 8),
     "vq_nearest, tensor cores": lambda seed: _nearest(seed, 48),
@@ -73,6 +106,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "scheduler_step": _step,
     "masked_sample": _sample,
     "mrf_mean_field": _mean_field,
+    **{f"mrf_mean_field, {name}": functools.partial(_partly_known, name=name) for name in _WEIGHTS},
 }
 
 
@@ -81,6 +115,18 @@ def cuda(device: torch.device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("streams and graphs are a GPU's: --device cuda")
     return device
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_host_does_not_wait(
+    name: str, device: torch.device, kernels: str, unwaiting: Unwaiting
+) -> None:
+    if kernels == "cpu":
+        pytest.skip("there is nobody to wait for")
+    inputs, call = CASES[name](0)
+    places = [x.to(device) for x in inputs]
+    with unwaiting():
+        call(*places)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -397,7 +397,7 @@ def test_opcheck(device: torch.device, opcheck: Callable[..., object]) -> None:
     table = _random(3, 3).to(device).requires_grad_()
     for arguments in (
         (f, w_s, None, None, 0, 0, w_c, None, None, 2, 0.0, 1.0, 0),
-        (f, table, None, None, 2, 3, a, b, known, 2, 0.3, 0.5, 0),
+        (f, table, None, None, 2, 3, a, b, known, 2, 0.3, 0.5, 0, None, 6),
         (
             f,
             w_s,
@@ -426,7 +426,7 @@ def test_compile(device: torch.device) -> None:
     known = torch.where(_random(2, 6) > 0, 1, -1).to(device)
 
     def layer(f: Tensor, w_s: Tensor, table: Tensor, w_c: Tensor) -> Tensor:
-        q = mrf_mean_field(f, w_s, w_c, known=known) + mrf_mean_field(
+        q = mrf_mean_field(f, w_s, w_c, known=known, unknown=6) + mrf_mean_field(
             f, GridWeights(table, 2, 3), w_c, damping=0.1
         )
         return q.square().sum() + mrf_energy(f, w_s, w_c, known.clamp_min(0)).sum()

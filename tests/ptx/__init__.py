@@ -18,6 +18,10 @@ The way of a launch, file by file:
 `emulation.py`     gives the ops of the package this device for CPU tensors (`--device emulated`)
 =================  ================================================================================
 
+Whether it computes what a GPU does is told by tables: `table.py` has single instructions,
+`programs_memory.py` and `programs_products.py` what takes a block and shared memory, each with a
+reference of its own. `record.py` runs them on a GPU.
+
 What it does not know: timing, occupancy, ptxas (it runs PTX, not SASS), and what the memory model
 allows beyond "ordered by a barrier or not ordered".
 """

@@ -31,8 +31,8 @@ _SUCCESS, _INVALID_VALUE, _INVALID_CONFIGURATION, _LAUNCH_FAILURE = 0, 1, 9, 719
 _NOT_PERMITTED = 800
 _WRAPPER_MAGIC, _FAT_MAGIC, _KIND_PTX = 0x466243B1, 0xBA55ED50, 1
 
-# cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it. Since
-# Hopper there is more shared memory.
+# cudaDeviceAttr of an A100, but for the number of processors: a small grid should fill it. On
+# Hopper there is more shared memory, on Turing less, and fewer threads.
 _PROCESSORS = 4
 _SHARED_DEFAULT = 48 << 10
 _ATTRIBUTES = {
@@ -41,6 +41,7 @@ _ATTRIBUTES = {
     81: 164 << 10, 82: 65536, 97: 163 << 10, 106: 32, 111: 1 << 10,
 }  # fmt: skip
 _HOPPER = {81: 228 << 10, 97: 227 << 10}
+_TURING = {39: 1024, 81: 64 << 10, 97: 64 << 10, 106: 16, 111: 0}
 
 _TYPES = {
     "in_queue": (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p),
@@ -74,8 +75,8 @@ class Device:
         memory: The buffers that the next launch may touch.
         launches: Names of the kernels launched so far, which a test may clear.
         failure: The first fault since it was last cleared.
-        capability: The compute capability. Of a kernel's PTX the newest runs that it allows, as on
-            a GPU; that for sm_90a on 9.0 only.
+        capability: The compute capability, at first the newest for which all kernels are there. Of
+            a kernel's PTX the newest runs that it allows, as on a GPU; that for sm_90a on 9.0 only.
     """
 
     processors = _PROCESSORS
@@ -88,7 +89,7 @@ class Device:
         self.failure: Exception | None = None
         self._library = ctypes.CDLL(str(library))
         self._texts = [_ptx_of(address) for address in _modules(self._library)]
-        self.capability = min(target for target, *_ in self._texts[0])
+        self.capability = min(map(_newest, self._texts))
         self._modules: dict[tuple[int, str], tuple[Module, dict[str, int]]] = {}
         self._programs: dict[tuple[str, str], Program] = {}
         self._limits: dict[tuple[int, str], int] = {}
@@ -292,8 +293,9 @@ class Device:
     def _occupancy(self, number: int, name: bytes, threads: int, dynamic: int, blocks: Any) -> int:
         """By threads and shared memory; PTX does not know how many registers there will be."""
         program = self.program(number, name.decode())
-        shared = program.shared_size + dynamic + 1024
-        blocks[0] = min(32, 2048 // max(threads, 1), (164 << 10) // shared)
+        limits = self._attributes()
+        shared = program.shared_size + dynamic + limits[111]
+        blocks[0] = min(limits[106], limits[39] // max(threads, 1), limits[81] // max(shared, 1))
         return _SUCCESS
 
     def _static_shared(self, number: int, name: bytes, size: Any) -> int:
@@ -315,7 +317,9 @@ class Device:
         return _SUCCESS
 
     def _attributes(self) -> dict[int, int]:
-        return _ATTRIBUTES | _HOPPER if self.capability >= (9, 0) else _ATTRIBUTES
+        if self.capability >= (9, 0):
+            return _ATTRIBUTES | _HOPPER
+        return _ATTRIBUTES if self.capability >= (8, 0) else _ATTRIBUTES | _TURING
 
 
 @contextmanager
@@ -334,6 +338,12 @@ def _many_objects() -> Iterator[None]:
 def _modules(library: ctypes.CDLL) -> list[int]:
     library.t2p_emulator_module.restype = ctypes.c_void_p
     return [library.t2p_emulator_module(i) for i in range(library.t2p_emulator_modules())]
+
+
+def _newest(texts: list[tuple[tuple[int, int], bool, str]]) -> tuple[int, int]:
+    """The newest capability of a module's PTX, but for what is there for one alone."""
+    general = [target for target, specific, _ in texts if not specific]
+    return max(general or [target for target, *_ in texts])
 
 
 def _ptx_of(wrapper: int) -> list[tuple[tuple[int, int], bool, str]]:

@@ -8,12 +8,13 @@ Nothing of it is in the package. Before `t2p_fast.ops` is imported,
 - `define_op` gives the CUDA implementation to the dispatcher for CPU tensors. While that runs,
   `Tensor.is_cuda` is true, and new tensors are known to be empty: reading them before they were
   written to is a fault, and so is a result that was never written to. So is `.item()` and the like,
-  but in what may wait for a GPU.
+  but in what may wait for a GPU: that alone keeps a call out of a CUDA graph.
 """
 
 import importlib.machinery
 import importlib.util
 import re
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,11 @@ _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_e
           torch.Tensor.new_empty_strided}  # fmt: skip
 _WAITING = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy,
             torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
-            torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero}  # fmt: skip
-# What these do depends on which weights are 0 and which labels are known.
-_MAY_WAIT = {"t2p_fast.ops.mrf", "t2p_fast.ops.mrf_solvers"}
+            torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero,
+            torch.Tensor.masked_select, torch.masked_select, torch.Tensor.unique, torch.unique,
+            torch.equal, torch.Tensor.equal, torch.tensor}  # fmt: skip
+# What solvers do depends on which weights are 0; else functions that are there to wait.
+_MAY_WAIT = {"t2p_fast.ops.mrf_solvers", "t2p_fast.ops.mrf_gathered.most_unknown"}
 _IN_PLACE = re.compile(r"(?!__).*[a-z0-9]_$|__setitem__|__i\w+__")
 
 
@@ -59,7 +62,13 @@ class CudaView:
 
 
 class Emulation:
-    """The stand-in for `_C`, and which memory has not been written to yet."""
+    """The stand-in for `_C`, and which memory has not been written to yet.
+
+    Attributes:
+        may_wait: Whether what may wait for a GPU may do so now.
+    """
+
+    may_wait = True
 
     def __init__(self, library: Path) -> None:
         # The name within is that of the package's module; the file is another.
@@ -171,7 +180,7 @@ class Emulation:
 
         def run(*arguments: Any) -> Any:
             before, self.empties = self.empties, {}
-            mode = _LikeCuda(self, implementation.__module__ in _MAY_WAIT)
+            mode = _LikeCuda(self)
             try:
                 with mode:
                     result = implementation(*arguments)
@@ -204,9 +213,8 @@ class Emulation:
 class _LikeCuda(TorchFunctionMode):
     """Tensors say that they are on a GPU, and empty ones are remembered."""
 
-    def __init__(self, emulation: Emulation, may_wait: bool) -> None:
+    def __init__(self, emulation: Emulation) -> None:
         super().__init__()
-        self.may_wait = may_wait
         self.emulation = emulation
         self.alive: list[torch.Tensor] = []  # so that no address is used twice
 
@@ -214,7 +222,7 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == torch.Tensor.is_cuda.__get__:
             return True
-        if func in _WAITING and not self.may_wait:
+        if _waits(func, args, kwargs) and not (self.emulation.may_wait and _one_may_wait()):
             raise Fault("synchronisation", "the host would wait for the GPU", "an op's Python",
                         "a call", func.__name__, None, None)  # fmt: skip
         result = func(*args, **kwargs)
@@ -232,14 +240,33 @@ class _LikeCuda(TorchFunctionMode):
         return result
 
 
+def _waits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether torch has to know numbers that are on the GPU, or to copy some to it."""
+    if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+        return isinstance(args[-1], torch.Tensor) and kwargs.get("output_size") is None
+    if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        masks = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
+        return masks and (len(args) == 2 or isinstance(args[2], torch.Tensor))
+    return func in _WAITING
+
+
+def _one_may_wait() -> bool:
+    """Whether one of the functions that are running may."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        module = frame.f_globals.get("__name__", "")
+        if module in _MAY_WAIT or f"{module}.{frame.f_code.co_name}" in _MAY_WAIT:
+            return True
+    return False
+
+
 def _view(value: Any) -> Any:
     return CudaView(value) if isinstance(value, torch.Tensor) else value
 
 
 def install(library: Path) -> Emulation:
     """Puts the emulated device under the package; before its ops are imported."""
-    import sys
-
     from t2p_fast import _checks, _library
 
     if "t2p_fast.ops" in sys.modules:

@@ -2,10 +2,12 @@
 """One tiny kernel per instruction, its inputs, and what it should give, in plain Python.
 
 The table serves twice: `test_instructions.py` holds the emulator to it, and `record.py` runs the
-same kernels on a GPU, whose outputs `test_recorded.py` then holds both to.
+same kernels on a GPU, whose outputs `test_recorded.py` then holds both to. What takes more than one
+instruction, or memory, is in `programs.py`.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import numpy as np
 
 from ptx import references as ref
 
-__all__ = ["CASES", "LANES", "Case", "inputs", "numpy_type", "ptx_of"]
+__all__ = ["CASES", "LANES", "Case", "column", "numpy_type"]
 
 Array = np.ndarray[Any, Any]
 LANES = 512
@@ -30,6 +32,10 @@ def numpy_type(kind: str) -> Any:
         _NUMPY.get(kind)
         or np.dtype(("i" if kind[0] == "s" else "u") + str(int(kind[1:]) // 8)).type
     )
+
+
+# What Turing lacks.
+_AMPERE = re.compile(r"bf16|tf32|\.NaN|\.relu|^redux|^(min|max)\.f16|^cvt.*f16x2")
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,59 @@ class Case:
     extra: str = ""
     warp: bool = False
 
+    threads = LANES
+
     @property
     def name(self) -> str:
         return self.opcode + self.extra.replace(", ", ":")
+
+    @property
+    def target(self) -> str:
+        """The least that it needs."""
+        return "sm_80" if _AMPERE.search(self.opcode) else "sm_75"
+
+    @property
+    def is_exact(self) -> bool:
+        return self.relative == self.absolute == 0
+
+    def inputs(self) -> list[Array]:
+        """Special values against each other first, then random ones; the same for everybody."""
+        generator = np.random.default_rng(zlib.crc32(self.name.encode()))
+        return [column(kind, i, generator) for i, kind in enumerate(self.sources)]
+
+    def empty(self) -> Array:
+        """Room for the results."""
+        return np.zeros(LANES, numpy_type(self.result))
+
+    def text(self) -> str:
+        """PTX of a kernel `k(out, in0, in1, ...)` that runs the instruction once per thread."""
+        kinds = self.result, *self.sources
+        width = {kind: 8 * np.dtype(numpy_type(kind)).itemsize for kind in kinds}
+        lines = [".version 8.0", f".target {self.target}", ".address_size 64", ""]
+        parameters = ", ".join(f".param .u64 p{i}" for i in range(len(kinds)))
+        lines += [f".visible .entry k({parameters})", "{", ".reg .b64 %a<9>;", ".reg .b32 %t;",
+                  ".reg .b32 %c<9>;", ".reg .pred %p<9>;", ".reg .b16 %h<9>;"]  # fmt: skip
+        names = []
+        for i, kind in enumerate(kinds):
+            declared = "pred" if kind == "pred" else f"b{max(width[kind], 16)}"
+            lines.append(f".reg .{declared} %v{i};")
+            names.append(f"%v{i}")
+        lines.append("mov.u32 %t, %tid.x;")
+        for i, kind in enumerate(kinds):
+            lines += [f"ld.param.u64 %a{i}, [p{i}];",
+                      f"mad.wide.u32 %a{i}, %t, {width[kind] // 8}, %a{i};"]  # fmt: skip
+            if i == 0:
+                continue
+            if kind == "pred":
+                lines += [f"ld.global.u32 %c{i}, [%a{i}];", f"setp.ne.u32 %v{i}, %c{i}, 0;"]
+            else:
+                lines.append(f"ld.global.b{width[kind]} %v{i}, [%a{i}];")
+        lines.append(f"{self.opcode} {', '.join(names)}{self.extra};")
+        if self.result == "pred":
+            lines += ["selp.u32 %c0, 1, 0, %v0;", "st.global.u32 [%a0], %c0;"]
+        else:
+            lines.append(f"st.global.b{width[self.result]} [%a0], %v0;")
+        return "\n".join([*lines, "ret;", "}", ""])
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -64,18 +120,8 @@ _SPECIAL32 = [0x0, 0x80000000, 0x3F800000, 0xBF800000, 0x7F800000, 0xFF800000, 0
               0x40200000, 0x3FC00000, 0x4F000000, 0xCF000000, 0x5F000000, 0x33800000]  # fmt: skip
 
 
-def _bits(values: list[float], dtype: Any) -> list[Any]:
-    return [dtype(v) for v in values]
-
-
-def inputs(case: Case) -> list[Array]:
-    """Special values against each other first, then random ones; the same for everybody."""
-    seed = zlib.crc32(case.name.encode())
-    generator = np.random.default_rng(seed)
-    return [_column(kind, i, generator) for i, kind in enumerate(case.sources)]
-
-
-def _column(kind: str, place: int, generator: np.random.Generator) -> Array:
+def column(kind: str, place: int, generator: np.random.Generator) -> Array:
+    """A source of the instruction, its `place`-th."""
     dtype = numpy_type(kind)
     bits = 8 * np.dtype(dtype).itemsize
     raw = generator.integers(0, 1 << 63, LANES, dtype=np.uint64, endpoint=False) * np.uint64(2)
@@ -118,37 +164,7 @@ def _column(kind: str, place: int, generator: np.random.Generator) -> Array:
     return result
 
 
-# PTX ----------------------------------------------------------------------------------------------
-
-
-def ptx_of(case: Case, version: str = "8.0", target: str = "sm_80") -> str:
-    """A kernel `k(out, in0, in1, ...)` that runs the instruction once per thread."""
-    width = {kind: 8 * np.dtype(numpy_type(kind)).itemsize for kind in (case.result, *case.sources)}
-    lines = [f".version {version}", f".target {target}", ".address_size 64", ""]
-    parameters = ", ".join(f".param .u64 p{i}" for i in range(len(case.sources) + 1))
-    lines += [f".visible .entry k({parameters})", "{", ".reg .b64 %a<9>;", ".reg .b32 %t;",
-              ".reg .b32 %c<9>;", ".reg .pred %p<9>;", ".reg .b16 %h<9>;"]  # fmt: skip
-    names = []
-    for i, kind in enumerate((case.result, *case.sources)):
-        declared = "pred" if kind == "pred" else f"b{max(width[kind], 16)}"
-        lines.append(f".reg .{declared} %v{i};")
-        names.append(f"%v{i}")
-    lines.append("mov.u32 %t, %tid.x;")
-    for i, kind in enumerate((case.result, *case.sources)):
-        lines += [f"ld.param.u64 %a{i}, [p{i}];",
-                  f"mad.wide.u32 %a{i}, %t, {width[kind] // 8}, %a{i};"]  # fmt: skip
-        if i == 0:
-            continue
-        if kind == "pred":
-            lines += [f"ld.global.u32 %c{i}, [%a{i}];", f"setp.ne.u32 %v{i}, %c{i}, 0;"]
-        else:
-            lines.append(f"ld.global.b{width[kind]} %v{i}, [%a{i}];")
-    lines.append(f"{case.opcode} {', '.join(names)}{case.extra};")
-    if case.result == "pred":
-        lines += ["selp.u32 %c0, 1, 0, %v0;", "st.global.u32 [%a0], %c0;"]
-    else:
-        lines.append(f"st.global.b{width[case.result]} [%a0], %v0;")
-    return "\n".join([*lines, "ret;", "}", ""])
+# The table ----------------------------------------------------------------------------------------
 
 
 def _c(opcode: str, signature: str, reference: Callable[..., Any], **how: Any) -> Case:

@@ -74,17 +74,22 @@ class TokenMRF(PretrainedModel):
         if self.w_b is not None:
             nn.init.normal_(self.w_b)
 
-    def forward(self, unary: Tensor, known: Tensor | None = None) -> Tensor:
+    def forward(
+        self, unary: Tensor, known: Tensor | None = None, unknown: int | None = None
+    ) -> Tensor:
         """Probabilities of the tokens.
 
         Args:
             unary: ``[b, n, V]``, scores of a generator.
             known: ``[b, n]`` int64, tokens that stay, negative where they are to be found.
+            unknown: how many those are in a picture, at most: nothing on CUDA waits to find out.
 
         Returns:
             ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`.
         """
-        return mrf_mean_field(unary, self.w_s, self._labels(), known=known, **self._options())
+        return mrf_mean_field(
+            unary, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
+        )
 
     def _labels(self) -> Tensor | LowRank:
         return self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
@@ -105,16 +110,19 @@ class TokenMRF(PretrainedModel):
         return {**super().__getstate__(), "_packed": None}  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def finish(self, scores: Tensor, tokens: Tensor) -> Tensor:
+    def finish(self, scores: Tensor, tokens: Tensor, unknown: int | None = None) -> Tensor:
         """Fills in what is masked with the likeliest tokens.
 
         Args:
             scores: ``[b, n, V]``, of the generator's last round.
             tokens: ``[b, n]`` int64, with ``V`` where masked.
+            unknown: how many are masked in a picture, at most: as of `forward`.
 
         Returns:
             Tokens ``[b, n]``.
         """
         masked = tokens == self.config.vocab_size
         known = tokens.masked_fill(masked, -1)
-        return mrf_likeliest(scores, self.w_s, self._labels(), known=known, **self._options())
+        return mrf_likeliest(
+            scores, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
+        )

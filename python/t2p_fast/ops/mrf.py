@@ -13,6 +13,7 @@ from t2p_fast._checks import check_choice, describe, under_autocast
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty, empty_like
 from t2p_fast.ops.mrf_autograd import mean_field_backward, mean_field_setup_context
+from t2p_fast.ops.mrf_gathered import Gathered
 from t2p_fast.ops.mrf_graph import (
     Edges,
     GridWeights,
@@ -25,11 +26,13 @@ from t2p_fast.ops.mrf_graph import (
     check_labels,
     check_labels_known,
     check_pairs,
+    check_unknown,
     csr_edges,
     dense_edges,
     dense_grid,
     edge_starts,
     grid_edges,
+    window_edges,
 )
 from t2p_fast.ops.mrf_pictures import Pictures
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
@@ -106,20 +109,30 @@ def _mean_field(
     temperature: float,
     candidates: int,
     packed: Tensor | None = None,
+    unknown: int | None = None,
 ) -> Tensor:
+    check_unknown(known, unknown)
     if w_b is not None and _has_kernel(unary, w_c, damping):
         check_labels_known(known, unary.shape[2])
         return _low_rank(
             unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature, False
         )
-    potts = w_c.ndim == 0
-    scale = float(w_c) if potts else 1.0
+    potts, scale = w_c.ndim == 0, 1.0
+    if potts and unary.is_cuda:  # the number stays there, with the weights of pairs
+        w_s = w_s.float() * w_c.float()
+    elif potts:
+        scale = float(w_c)
     if potts and height and damping == 0 and not unary.is_cuda and unary.numel():
         grid = GridWeights(w_s, height, width)
         by_window = window_mean_field(unary, grid, scale, known, iterations, temperature)
         if by_window is not None:
             return by_window
-    pictures, threads = Pictures(unary, known), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    pictures: Pictures | Gathered
+    if unary.is_cuda and known is not None:
+        pictures = Gathered(unary, known, unknown)
+    else:
+        pictures = Pictures(unary, known)
     v, scores = pictures.v, pictures.unary
     low = w_c.dtype == torch.bfloat16 and w_c.ndim == 2 and not candidates
     if not scores.is_cuda and not _HAS_BFLOAT16:
@@ -203,7 +216,10 @@ def _local_or_dense(
     if height == 0:
         return None, w_s
     # An edge costs about four times what an entry of a matrix product does.
-    if int(w_s.count_nonzero()) * 4 < n:
+    if w_s.is_cuda:  # to count would mean to wait
+        if w_s.numel() * 4 < n:
+            return window_edges(w_s, height, width), None
+    elif int(w_s.count_nonzero()) * 4 < n:
         return grid_edges(w_s, height, width), None
     return None, dense_grid(w_s, height, width)
 
@@ -216,13 +232,15 @@ def _has_kernel(unary: Tensor, w_c: Tensor, damping: float) -> bool:
 def _likeliest(
     unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
     w_c: Tensor, w_b: Tensor | None, known: Tensor | None, iterations: int, damping: float,
-    temperature: float, candidates: int, packed: Tensor | None = None,
+    temperature: float, candidates: int, packed: Tensor | None = None, unknown: int | None = None,
 ) -> Tensor:  # fmt: skip
     field = unary, w_s, begin, node, height, width, w_c
     if w_b is not None and _has_kernel(unary, w_c, damping):
+        check_unknown(known, unknown)
         check_labels_known(known, unary.shape[2])
         return _low_rank(*field, w_b, known, iterations, temperature, True)
-    q = _mean_field(*field, w_b, known, iterations, damping, temperature, candidates, packed)
+    options = iterations, damping, temperature, candidates, packed, unknown
+    q = _mean_field(*field, w_b, known, *options)
     return q.argmax(-1)
 
 
@@ -237,7 +255,7 @@ def _mean_field_fake(unary: Tensor, *_: object) -> Tensor:
 _ARGUMENTS = (
     "(Tensor unary, Tensor w_s, Tensor? begin, Tensor? node, int height, int width, "
     "Tensor w_c, Tensor? w_b, Tensor? known, int iterations, float damping, float temperature, "
-    "int candidates, Tensor? packed=None) -> Tensor"
+    "int candidates, Tensor? packed=None, int? unknown=None) -> Tensor"
 )
 _mrf_likeliest = define_op(
     "mrf_likeliest" + _ARGUMENTS,
@@ -267,6 +285,7 @@ def mrf_mean_field(
     temperature: float = 1.0,
     candidates: int | None = None,
     packed: Tensor | None = None,
+    unknown: int | None = None,
 ) -> Tensor:
     """Parallel mean field in a Markov random field over tokens: MarkovGen's algorithm 1.
 
@@ -291,6 +310,10 @@ def mrf_mean_field(
             ``W_s q`` alone, an approximation for large `v`. It has no gradient.
         packed: what `mrf_pack` made of this very `w_c`: faster the fewer positions are unknown, and
             without AMX with seven eighths of the multiplications where it says so.
+        unknown: how many positions of a picture are to be found, at most: with it, no call on CUDA
+            waits for the GPU. Where some are known, a host that is not told asks the GPU, once a
+            call; and while a CUDA graph is captured, all positions iterate, so that it can be
+            replayed for any number.
 
     Returns:
         ``q``, ``[b, n, v]`` probabilities in the dtype of `unary`; one-hot where known.
@@ -298,19 +321,25 @@ def mrf_mean_field(
         rather than keep them.
 
     Raises:
-        ValueError: shapes, numbers or known labels do not fit; on the CPU also if a position's
-            unary scores hold a NaN or +inf, or nothing but -inf. On CUDA these give NaN.
+        ValueError: shapes, numbers or known labels do not fit; on the CPU also if more positions
+            are to be found than `unknown`, or one's unary scores hold a NaN or +inf, or nothing
+            but -inf. On CUDA these give NaN.
         TypeError: dtypes do not fit.
 
     Complexity:
-        ``O(iterations u (u v + v^2))`` for ``u`` unknown positions and dense weights;
+        ``O(iterations u (u v + v^2))`` for ``u`` unknown positions and dense weights, on CUDA those
+        of the picture that has most;
         ``O(iterations u v)`` times the neighbours for Potts.
     """
-    given = unary, w_s, w_c, iterations, known, damping, temperature, candidates, packed
+    options = damping, temperature, candidates, packed, unknown
+    given = unary, w_s, w_c, iterations, known, *options
     _check("mrf_mean_field", *given)
-    by_window = plain_window_mean_field(unary, w_s, w_c, known, iterations, damping, temperature)
-    if by_window is not None:
-        return by_window
+    if unknown is None:
+        by_window = plain_window_mean_field(
+            unary, w_s, w_c, known, iterations, damping, temperature
+        )
+        if by_window is not None:
+            return by_window
     arguments = _arguments(*given)
     q: Tensor = _mrf_mean_field(*arguments)
     return q
@@ -328,6 +357,7 @@ def mrf_likeliest(
     temperature: float = 1.0,
     candidates: int | None = None,
     packed: Tensor | None = None,
+    unknown: int | None = None,
 ) -> Tensor:
     """The likeliest labels of `mrf_mean_field`, of equals the first: MarkovGen's last line.
 
@@ -342,7 +372,8 @@ def mrf_likeliest(
     Raises:
         As `mrf_mean_field`.
     """
-    given = unary, w_s, w_c, iterations, known, damping, temperature, candidates, packed
+    options = damping, temperature, candidates, packed, unknown
+    given = unary, w_s, w_c, iterations, known, *options
     _check("mrf_likeliest", *given)
     arguments = _arguments(*given)
     labels: Tensor = _mrf_likeliest(*arguments)
@@ -352,7 +383,7 @@ def mrf_likeliest(
 def _check(
     op: str, unary: Tensor, w_s: PairWeights, w_c: LabelWeights, iterations: int,
     known: Tensor | None, damping: float, temperature: float, candidates: int | None,
-    packed: Tensor | None,
+    packed: Tensor | None, unknown: int | None,
 ) -> None:  # fmt: skip
     check_unary(op, unary)
     check_pairs(op, w_s, unary.shape[1], unary.device)
@@ -368,6 +399,10 @@ def _check(
             f"{op}: candidates is {candidates}, expected at least 1 and a matrix w_c, or None"
         )
     _check_known(op, known, unary)
+    if unknown is not None and (unknown < 0 or known is None):
+        raise ValueError(
+            f"{op}: unknown is {unknown}, expected at least 0 and known positions, or None"
+        )
     if packed is not None and (packed.dtype != torch.uint8 or not _is_matrix(w_c)):
         raise ValueError(
             f"{op}: packed must be what mrf_pack returned for a matrix w_c, got "
@@ -378,6 +413,7 @@ def _check(
 def _arguments(
     unary: Tensor, w_s: PairWeights, w_c: LabelWeights, iterations: int, known: Tensor | None,
     damping: float, temperature: float, candidates: int | None, packed: Tensor | None,
+    unknown: int | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Those of the registered ops."""
     values, begin, node, height, width = unpack_pairs(w_s)
@@ -386,7 +422,7 @@ def _arguments(
     return (
         unary, values, begin, node, height, width, first, second, known, iterations,
         float(damping), float(temperature), candidates or 0,
-        packed if packed is not None and packed.numel() > 0 else None,
+        packed if packed is not None and packed.numel() > 0 else None, unknown,
     )  # fmt: skip
 
 
@@ -503,7 +539,7 @@ def unpack_labels(w_c: LabelWeights, like: Tensor) -> tuple[Tensor, Tensor | Non
         return w_c.a, w_c.b
     if isinstance(w_c, Tensor):
         return w_c, None
-    return torch.tensor(float(w_c), device=like.device), None
+    return torch.full((), float(w_c), device=like.device), None
 
 
 def solver_edges(w_s: PairWeights) -> Edges:

@@ -13,7 +13,7 @@ __all__ = ["mean_field_backward", "mean_field_setup_context"]
 
 def mean_field_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     unary, w_s, begin, node, ctx.height, ctx.width, w_c, w_b, known, *options = inputs
-    ctx.iterations, ctx.damping, ctx.temperature, ctx.candidates, _ = options
+    ctx.iterations, ctx.damping, ctx.temperature, ctx.candidates, *_ = options
     ctx.save_for_backward(unary, w_s, begin, node, w_c, w_b, known)
 
 
@@ -84,7 +84,7 @@ def mean_field_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         d_f.to(unary.dtype), d_values.to(values.dtype), None, None, None, None,
         d_labels.to(w_c.dtype), None if d_labels_b is None else d_labels_b.to(w_b.dtype),
-        None, None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _values_grad(
         return d_matrix[start, node]
     if height == 0:
         return d_matrix
-    index, inside = offset_index((values.shape[0], values.shape[1]), height, width)
-    index, inside = index.to(values.device), inside.to(values.device)
+    size = values.shape[0], values.shape[1]
+    index, inside = offset_index(size, height, width, values.device)
     table = d_matrix.new_zeros(values.numel())
     return table.index_add(0, index.flatten(), (d_matrix * inside).flatten()).view(values.shape)

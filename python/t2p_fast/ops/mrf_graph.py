@@ -136,10 +136,12 @@ def grid_structure(
         return begin, node, entry.expand(height * width, -1)[there].contiguous()
 
 
-def offset_index(size: tuple[int, int], height: int, width: int) -> tuple[Tensor, Tensor]:
+def offset_index(
+    size: tuple[int, int], height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """For every pair of positions its number in the table, ``[n, n]``, and whether it has one."""
     kh, kw = size
-    position = torch.arange(height * width)
+    position = torch.arange(height * width, device=device)
     y, x = position // width, position % width
     row, column = y[None] - y[:, None] + kh // 2, x[None] - x[:, None] + kw // 2
     inside = (row >= 0) & (row < kh) & (column >= 0) & (column < kw)
@@ -148,9 +150,25 @@ def offset_index(size: tuple[int, int], height: int, width: int) -> tuple[Tensor
 
 def dense_grid(table: Tensor, height: int, width: int) -> Tensor:
     """The matrix ``[n, n]`` of a table of offsets."""
-    index, inside = offset_index((table.shape[0], table.shape[1]), height, width)
-    weights = table.flatten()[index.to(table.device)]
-    return torch.where(inside.to(table.device), weights, 0)
+    index, inside = offset_index((table.shape[0], table.shape[1]), height, width, table.device)
+    return torch.where(inside, table.flatten()[index], 0)
+
+
+def window_edges(table: Tensor, height: int, width: int) -> Edges:
+    """Those of a table whatever its weights are: on a GPU, to look would mean to wait.
+
+    Every position has as many. Edges over the border lead back to it, with weight 0.
+    """
+    kh, kw = table.shape
+    here = torch.arange(height * width, device=table.device)[:, None]
+    entry = torch.arange(kh * kw, device=table.device)
+    y = here // width + entry // kw - kh // 2
+    x = here % width + entry % kw - kw // 2
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    node = torch.where(inside, y * width + x, here)
+    weight = torch.where(inside, table.detach().float().flatten(), 0)
+    begin = torch.arange(0, node.numel() + 1, kh * kw, device=table.device)
+    return Edges(begin, node.flatten(), weight.flatten())
 
 
 def grid_edges(table: Tensor, height: int, width: int, *, self_edges: bool = True) -> Edges:
@@ -214,9 +232,11 @@ def csr_edges(begin: Tensor, node: Tensor, weight: Tensor, *, self_edges: bool) 
             len(node) and not 0 <= int(node.min()) <= int(node.max()) < len(begin) - 1
         ):
             raise ValueError("mrf: w_s is not a sound CSR matrix: an index is out of range")
+    if self_edges:
+        return edges
     start = edge_starts(begin)
     keep = node != start
-    if self_edges or bool(keep.all()):
+    if bool(keep.all()):
         return edges
     counts = torch.zeros_like(begin[1:]).index_add_(0, start[keep], torch.ones_like(start[keep]))
     begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -305,6 +325,17 @@ def check_labels_known(known: Tensor | None, v: int) -> None:
     if known is not None and not known.is_cuda and known.numel() and int(known.max()) >= v:
         raise ValueError(
             f"mrf_mean_field: known holds label {int(known.max())}, expected less than {v}"
+        )
+
+
+def check_unknown(known: Tensor | None, unknown: int | None) -> None:
+    """Raises ValueError if more positions of a picture on a CPU are unknown than `unknown`."""
+    if known is None or unknown is None or known.is_cuda or known.numel() == 0:
+        return
+    most = int((known < 0).sum(1).max())
+    if most > unknown:
+        raise ValueError(
+            f"mrf_mean_field: unknown is {unknown}, but {most} positions of a picture are"
         )
 
 

@@ -13,7 +13,10 @@ _HAS_TILES: bool = _C.mrf_has_mix()
 
 
 class Pictures:
-    """The positions that are to be found, as rows of one matrix, and which picture each is of."""
+    """The positions that are to be found, as rows of one matrix, and which picture each is of.
+
+    With known positions on a CPU alone: see `Gathered`.
+    """
 
     def __init__(self, unary: Tensor, known: Tensor | None) -> None:
         self.b, self.n, self.v = unary.shape
@@ -25,8 +28,7 @@ class Pictures:
             self.unary = scores
             return
         check_labels_known(known, self.v)
-        # On CUDA, where finding out would mean to wait, an index out of range must still not be.
-        self.known = known = known.clamp_max(self.v - 1)
+        self.known = known
         flat = known.flatten()
         self.row = (flat < 0).nonzero()[:, 0]
         self.slot = torch.where(flat < 0, (flat < 0).cumsum(0) - 1, -1 - flat)

@@ -10,7 +10,7 @@ from ptx.compiler import Compiler, Step, instruction
 from ptx.faults import NotModelled
 from ptx.instructions.memory import addresses_of, check_aligned, place
 from ptx.parser import Instruction, Name
-from ptx.values import DTYPES, narrow, pack, unpack, widen
+from ptx.values import DTYPES, flush, narrow, pack, unpack, widen
 
 if TYPE_CHECKING:
     from ptx.memory import Region
@@ -58,6 +58,11 @@ def _half_add(kind: str) -> Any:
     return both
 
 
+def _flushed_add(old: Array, b: Array) -> Array:
+    """Of float32 in global memory, where subnormal numbers count as zeros."""
+    return flush(flush(old) + flush(b))
+
+
 @instruction(rf"(atom|red){_ORDER}{_SPACE}\.(?P<op>add|min|max|and|or|xor|exch|inc|dec|cas)"
              r"(?P<noftz>\.noftz)?"
              r"\.(?P<type>[usb](16|32|64)|f16|bf16|f16x2|bf16x2|f32|f64)")  # fmt: skip
@@ -68,6 +73,7 @@ def _atomic(code: Compiler, ins: Instruction, match: Match) -> Step:
         raise NotModelled(ins.opcode)
     dtype = DTYPES[kind]
     operation = _half_add(kind) if narrow_float else _OPERATIONS[name]
+    outside = _flushed_add if (name, kind) == ("add", "f32") else operation
     space = (match["space"] or "").split("::")[0]
     operands = list(ins.operands)
     target: int | None = None
@@ -89,7 +95,8 @@ def _atomic(code: Compiler, ins: Instruction, match: Match) -> Step:
             here = lanes[which]
             region.check(offsets, width, w.stamps[here], here, "atomic")
             values = [np.broadcast_to(w.registers[s], w.count)[here] for s in slots]
-            old = _one_by_one(region, offsets, operation, values, dtype)
+            function = operation if region is w.shared else outside
+            old = _one_by_one(region, offsets, function, values, dtype)
             if target is not None:
                 w.registers[target][here] = old
 
