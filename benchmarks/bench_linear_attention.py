@@ -42,6 +42,12 @@ def _inputs(sizes: Sizes, device: str, dtype: torch.dtype = torch.float32) -> In
     return {"q": q, "k": k, "v": v, "grad": grad}
 
 
+def _side_by_side(sizes: Sizes, device: str) -> Inputs:
+    """The same with the heads of a position side by side in memory, as projections leave them."""
+    inputs = _inputs(sizes, device)
+    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+
+
 def _close(result: Tensor, truth: Tensor, tolerance: float) -> None:
     error = float((result.double() - truth).abs().max() / truth.abs().max())
     if not error < tolerance:
@@ -176,6 +182,16 @@ BENCHMARK = Benchmark(
             gate=_gate_forward,
             flops=_flops(2),
             bytes_moved=_bytes(4, 2),
+        ),
+        Workload(
+            name="forward-side-by-side",
+            title="linear_attention: relu, float32, heads side by side",
+            cases=_CASES,
+            providers=_providers(_forward, linear_attention, _PLAIN),
+            inputs=_side_by_side,
+            gate=_gate_forward,
+            flops=_flops(2),
+            bytes_moved=_bytes(4, 4),
         ),
         Workload(
             name="causal",
