@@ -77,6 +77,12 @@ def test_attention_is_the_reference(
     _assert_close(ours if layout == "bhnd" else ours.transpose(1, 2), truth, v)
 
 
+def skip_beyond_this_processor(level: str, run_python: Callable[..., str]) -> None:
+    best = run_python("import t2p_fast; print(t2p_fast.build_info()['isa'])").strip()
+    if LEVELS.index(level) > LEVELS.index(best):
+        pytest.skip(f"this processor ends at {best}")
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str, run_python: Callable[..., str]) -> None:
     program = """
@@ -99,10 +105,7 @@ for dtype, step in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-7), (torch.floa
             assert error <= v.abs().max() * (step + 2.0**-17), (dtype, n, float(error))
 print("right")
 """
-    known = ("import t2p_fast; print(t2p_fast.build_info()['isa'])",)
-    best = LEVELS.index(run_python(known[0]).strip())
-    if LEVELS.index(level) > best:
-        pytest.skip(f"this processor ends at {LEVELS[best]}")
+    skip_beyond_this_processor(level, run_python)
     assert run_python(program.replace("LEVEL", repr(level)), T2P_ISA=level).strip() == "right"
 
 
@@ -265,3 +268,24 @@ def test_bad_input(change: dict[str, object], error: type[Exception], text: str)
     }  # fmt: skip
     with pytest.raises(error, match=f"attention: {text}"):
         attention(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", ["amx", "avx512"])
+def test_wide_heads_of_float32_are_torchs_where_that_is_faster(
+    level: str, run_python: Callable[..., str]
+) -> None:
+    skip_beyond_this_processor(level, run_python)
+    program = """
+import torch
+from t2p_fast import _C
+from t2p_fast.ops import attention
+kernel, called = _C.attention, []
+_C.attention = lambda *given: (called.append(given), kernel(*given))
+for dtype, n, d in (
+    (torch.float32, 512, 256), (torch.float32, 511, 256), (torch.float32, 512, 255),
+    (torch.bfloat16, 512, 256),
+):
+    attention(*(torch.randn(1, 1, n, d).to(dtype) for _ in range(3)))
+print(len(called))
+"""
+    assert int(run_python(program, T2P_ISA=level)) == (3 if level == "amx" else 4)
