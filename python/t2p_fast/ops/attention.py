@@ -163,7 +163,9 @@ def attention(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if _has_kernel(q, k, v, bias):
         bias = None if bias is None else bias.float()
-        out: Tensor = _attention(q, k, v, bias, scale, layout)
+        # The dispatcher costs more than a small call, and has nothing to do for a plain one.
+        attend = _attention if torch.compiler.is_compiling() else _attend
+        out: Tensor = attend(q, k, v, bias, scale, layout)
     else:
         out = _by_torch(q, k, v, bias, scale)
     return out.transpose(1, 2) if layout == "bnhd" else out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from t2p_fast._checks import check_choice, describe, under_autocast
+from t2p_fast._checks import check_choice, describe, is_plain, under_autocast
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty
 
@@ -278,10 +278,12 @@ def linear_attention(
     q, k, v = under_autocast(q, k, v)
     if layout == "bnhd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, state = _linear_attention(
-        q, k, v, key_mask, cu_seqlens, initial_state, feature, causal, normalize, eps, scale,
-        layout, return_state,
-    )  # fmt: skip
+    tensors = q, k, v, key_mask, cu_seqlens, initial_state
+    # The dispatcher and autograd cost more than a small call.
+    plain = is_plain(*tensors) and not q.is_meta
+    out, state = (_attend if plain else _linear_attention)(
+        *tensors, feature, causal, normalize, eps, scale, layout, return_state
+    )
     if layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, state) if return_state else out
