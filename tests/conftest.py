@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # every test is skipped for that reason
     if lacking := build.missing():
         raise pytest.UsageError(lacking)
+    # The references are of small shapes, where torch's threads wait for each other.
+    torch.set_num_threads(1)
     config.stash[_EMULATION] = emulation.install(build.build())
 
 

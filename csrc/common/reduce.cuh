@@ -1,7 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+
 namespace t2p {
+
+// An integer that orders as the float does; -0 and 0 are one.
+__device__ inline std::uint32_t ordered(float a) {
+  const std::uint32_t word = a == 0 ? 0u : __float_as_uint(a);
+  return word & 0x80000000u ? ~word : word | 0x80000000u;
+}
+// The float of which it is.
+__device__ inline float from_ordered(std::uint32_t order) {
+  return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
+}
 
 // One value for the whole block, of kWarps warps and one dimension, in the same order in every
 // thread. `shared` has kWarps elements.

@@ -45,12 +45,6 @@ __device__ __noinline__ double gumbel(uint32_t word) {
   return -log(-log1p(-(word + 0.5) * 0x1p-32));
 }
 
-// An integer that orders as the float does; -0 and 0 are one.
-__device__ uint32_t ordered(float a) {
-  const uint32_t word = a == 0 ? 0u : __float_as_uint(a);
-  return word & 0x80000000u ? ~word : word | 0x80000000u;
-}
-
 template <class T>
 struct Row {
   const T* c;

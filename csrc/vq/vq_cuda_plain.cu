@@ -5,14 +5,16 @@
 //                    limit    = min(score) + 2 E                         E bounds the rounding
 //                    index    = argmin over {j : score[j] <= limit} of |x - c_j|^2 in float64
 //
-// The scan keeps the best and the second best score of every row. Where the second is beyond the
-// limit the best is proven; the other rows, few, are searched again.
+// The scan keeps the best and the second best score of every row, of all blocks that share its
+// codes. Where the second is beyond the limit the best is proven; the other rows, few, are searched
+// again.
 #include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
 
 #include "common/cuda_check.cuh"
+#include "common/reduce.cuh"
 #include "vq/vq_cuda.cuh"
 
 namespace t2p::vq {
@@ -43,6 +45,34 @@ struct Best {
   }
 };
 
+// The same of every row, joined by all blocks that have scored some of the codes. A block's best is
+// either left in `best` or, once a better one is there, offered to `second`, by itself or by that
+// one, and never both; its second best is offered as well. So `best` ends as the least of all, and
+// `second` as the least of all others, in whatever order the blocks come.
+struct Joined {
+  unsigned long long* best;  // [n], the score by its order above the index: the lowest one on ties
+  unsigned* second;          // [n], a score by its order
+
+  __device__ static unsigned long long packed(float score, int index) {
+    return static_cast<unsigned long long>(ordered(score)) << 32 | static_cast<unsigned>(index);
+  }
+  // Of a row of which no block has come.
+  __device__ void clear(int64_t r) const {
+    best[r] = packed(infinity(), 0);
+    second[r] = ordered(infinity());
+  }
+  __device__ void offer(int64_t r, const Best& mine) const {
+    const unsigned long long word = packed(mine.score, mine.index);
+    const unsigned long long loser = max(word, atomicMin(&best[r], word));
+    atomicMin(&second[r], min(ordered(mine.second), static_cast<unsigned>(loser >> 32)));
+  }
+  __device__ Best of(int64_t r) const {
+    const unsigned long long word = best[r];
+    return {from_ordered(static_cast<unsigned>(word >> 32)), from_ordered(second[r]),
+            static_cast<int>(word)};
+  }
+};
+
 // Row blocks alone may not fill the device: then the codes are split as well.
 int64_t split_count(int64_t n, int64_t k) {
   constexpr int64_t kBlocksWanted = tile_or_emulated(512, 4);
@@ -52,10 +82,11 @@ int64_t split_count(int64_t n, int64_t k) {
   return splits < 1 ? 1 : (splits < tiles ? splits : tiles);
 }
 
-// One warp per code.
-__global__ void norms_kernel(Prepared codes) {
+// One warp per code; and one thread per row, so that there is no launch only for these.
+__global__ void norms_kernel(Prepared codes, Joined joined, int64_t n) {
   const int64_t d = codes.d;
-  const int64_t j = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
+  const int64_t thread = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, j = thread / kWarp;
+  if (thread < n) joined.clear(thread);
   if (j >= codes.k) return;
   float squares = 0;
   bool finite = true;
@@ -93,8 +124,7 @@ __device__ void load_tile(float (*tile)[kCount + 4], const T* const* vectors, in
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    scan_kernel(Rows<const T> x, Prepared codes, int64_t tiles_per_split,
-                Best* __restrict__ best_of_splits) {
+    scan_kernel(Rows<const T> x, Prepared codes, int64_t tiles_per_split, Joined joined) {
   __shared__ float row_tile[kTileChannels][kTileRows + 4];
   __shared__ float code_tile[kTileChannels][kTileCodes + 4];
   __shared__ const T* row_pointers[kTileRows];
@@ -162,14 +192,13 @@ __global__ void __launch_bounds__(kThreads, 2)
                      __shfl_xor_sync(kAllLanes, best[i].index, step)});
     }
     const int64_t r = first_row + ty + i * kThreadsY;
-    if (tx == 0 && r < n) best_of_splits[blockIdx.y * n + r] = best[i];
+    if (tx == 0 && r < n) joined.offer(r, best[i]);
   }
 }
 
-// One warp per row: joins the splits, and notes the row if its best is not proven.
+// One warp per row: notes the row if its best is not proven.
 template <class T>
-__global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
-                               const Best* __restrict__ best_of_splits, Results results) {
+__global__ void resolve_kernel(Rows<const T> x, Prepared codes, Joined joined, Results results) {
   const int64_t n = x.outer * x.inner, d = codes.d;
   const int64_t r = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -188,8 +217,7 @@ __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
     write_result(results, codes, r, row, x.channel_stride, 0, not_a_number());
     return;
   }
-  Best best = best_of_splits[r];
-  for (int s = 1; s < splits; ++s) best.merge(best_of_splits[s * n + r]);
+  const Best best = joined.of(r);
   const float radius = norm_bound(2 * __int_as_float(*codes.largest_half_norm), d);
   const float limit =
       best.score + twice_error_bound(codes.metric, norm_bound(warp_sum(squares), d), radius, d);
@@ -204,7 +232,7 @@ __global__ void resolve_kernel(Rows<const T> x, Prepared codes, int splits,
 
 struct Workspace {
   Prepared codes;
-  Best* best;  // [splits, n]
+  Joined joined;
   int64_t floats;
 };
 
@@ -212,7 +240,7 @@ Workspace carve(float* base, int64_t n, const Codes& codes) {
   Carver carver(base);
   Workspace w;
   w.codes = take_prepared(carver, codes, codes.k, n, n);
-  w.best = carver.take<Best>(split_count(n, codes.k) * n, "best");
+  w.joined = {carver.take<unsigned long long>(n, "best"), carver.take<unsigned>(n, "second")};
   w.floats = carver.size<float>();
   return w;
 }
@@ -232,12 +260,13 @@ Prepared nearest_plain(const AnyRows& x, const Codes& codes, int, cudaStream_t s
   const int64_t used_splits = (tiles + tiles_per_split - 1) / tiles_per_split;
 
   launch_center(w.codes, stream);
-  norms_kernel<<<blocks_for(k * kWarp, 256), 256, 0, stream>>>(w.codes);
+  const int64_t norms_threads = k * kWarp > n ? k * kWarp : n;
+  norms_kernel<<<blocks_for(norms_threads, 256), 256, 0, stream>>>(w.codes, w.joined, n);
   const dim3 grid(blocks_for(n, kTileRows), static_cast<unsigned>(used_splits));
   with_rows(x, [&](const auto& rows) {
-    scan_kernel<<<grid, kThreads, 0, stream>>>(rows, w.codes, tiles_per_split, w.best);
-    resolve_kernel<<<blocks_for(n * kWarp, 256), 256, 0, stream>>>(
-        rows, w.codes, static_cast<int>(used_splits), w.best, results);
+    scan_kernel<<<grid, kThreads, 0, stream>>>(rows, w.codes, tiles_per_split, w.joined);
+    resolve_kernel<<<blocks_for(n * kWarp, 256), 256, 0, stream>>>(rows, w.codes, w.joined,
+                                                                   results);
   });
   launch_search(x, w.codes, n, stream, results);
   return w.codes;

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The roads that a search may take on CUDA, each by shapes about the edges of its tiles."""
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from t2p_fast._library import _C
 from t2p_fast.ops import vq_nearest
@@ -51,6 +54,40 @@ def test_nearest_is_exact_without_tensor_cores(
 ) -> None:
     launched = _launched_by_exact_search(n, k, d, device, emulated, dtype)
     assert not emulated or "scan_kernel" in launched
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_rows_whose_codes_many_blocks_share(
+    metric: str, device: torch.device, emulated: bool
+) -> None:
+    """Whichever block has the best code, the second best, a duplicate, or no usable code at all."""
+    n, share, d = 15, 128, 40
+    x, codes = (t.to(device) for t in case_of(n, 4 * share, d))
+    x[0] = 0  # of products with it all are alike
+    for start, channel, bad in ((0, 1, math.nan), (1, 0, math.inf), (2, 39, -math.inf)):
+        codes[start::5, channel] = bad
+    codes[share : 2 * share, 7] = math.nan
+
+    def expected(codebook: Tensor) -> Tensor:
+        usable = codebook.isfinite().all(1).nonzero()[:, 0]
+        return usable[vq_nearest(x, codebook[usable], metric=metric)]
+
+    if emulated:
+        _C.device.launches.clear()
+    first, distance = vq_nearest(x, codes, metric=metric, return_distance=True)
+    assert not emulated or "scan_kernel" in " ".join(_C.device.launches)
+    assert torch.equal(first, expected(codes))
+    assert distance.isfinite().all()
+    for other in (codes.flip(0),) if emulated else (codes.flip(0), codes.roll(share, 0)):
+        indices, again = vq_nearest(x, other, metric=metric, return_distance=True)
+        assert torch.equal(indices, expected(other))
+        assert torch.equal(again, distance)
+    twice = vq_nearest(x, codes.repeat(2, 1), metric=metric, return_distance=True)
+    assert torch.equal(twice[0], first)
+    assert torch.equal(twice[1], distance)
+    indices, nothing = vq_nearest(x, codes * math.nan, metric=metric, return_distance=True)
+    assert (indices == 0).all()
+    assert (nothing == math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

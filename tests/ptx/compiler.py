@@ -29,6 +29,7 @@ from ptx.parser import (
     Variable,
     Vector,
 )
+from ptx.registers import Registers
 from ptx.values import DTYPES
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Program:
     rows: dict[int, int]
     slots: list[tuple[str, Any, Any]]
     accumulators: frozenset[str]
-    _pool: dict[int, list[Any]] = field(default_factory=dict)  # registers, by the number of lanes
+    _pool: dict[int, "Registers"] = field(default_factory=dict)  # by the number of lanes
 
     @functools.cached_property
     def _of_launch(self) -> list[int]:
@@ -110,12 +111,12 @@ class Program:
         return [i for i, (kind, *_) in enumerate(self.slots) if kind in ("special", "parameter")]
 
     def allocate(self, warps: "Warps") -> list[Any]:
-        """Registers for `warps`: with ones, or what the last launch left there, but not zeros."""
+        """Registers for `warps`: with ones, or what the program's last launch left there."""
         if warps.count not in self._pool:
             while len(self._pool) >= _POOLS:
                 del self._pool[next(iter(self._pool))]
-            self._pool[warps.count] = self._registers(warps.count)
-        result = list(self._pool[warps.count])
+            self._pool[warps.count] = Registers(self.rows, self.slots, warps.count)
+        result = self._pool[warps.count].take()
         for slot in self._of_launch:
             kind, what, dtype = self.slots[slot]
             if kind == "special":
@@ -125,33 +126,8 @@ class Program:
                 result[slot] = np.frombuffer(warps.parameters[what : what + size], dtype)[0]
         return result
 
-    def _registers(self, count: int) -> list[Any]:
-        rooms: dict[int, Array] = {}
-        views: dict[Any, list[Array]] = {}
 
-        def rows(width: int, dtype: Any) -> list[Array]:
-            """All registers of `width` bytes (0 of predicates), seen as `dtype`."""
-            if (width, dtype) not in views:
-                if width not in rooms:
-                    shape = self.rows[width], count * max(width, 1)
-                    rooms[width] = np.full(shape, 0xFF if width else 0, np.uint8)
-                whole = rooms[width].view(dtype)
-                views[width, dtype] = list(whole[:, :: max(width, 1) // whole.itemsize])
-            return views[width, dtype]
-
-        result: list[Any] = []
-        for kind, what, dtype in self.slots:
-            if kind != "register":
-                result.append(what)
-            elif dtype is np.bool_:
-                result.append(rows(0, np.bool_)[what])
-            else:
-                width, row = what
-                result.append(rows(width, dtype)[row])
-        return result
-
-
-_POOLS = 4  # numbers of lanes that a program keeps registers for
+_POOLS = 4  # numbers of lanes that a program keeps views of its registers for
 
 
 Handler = Callable[["Compiler", Instruction, "re.Match[str]"], Step | Control]

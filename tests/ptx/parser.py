@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Name:
     """A register, special register, variable, label or function; `negated` for `!%p`."""
 
@@ -38,7 +38,7 @@ class Name:
     negated: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Immediate:
     """A literal: an integer, or a float by its bits."""
 
@@ -46,7 +46,7 @@ class Immediate:
     float_bits: int = 0  # 32 or 64 for 0f... and 0d..., 0 for an integer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Address:
     """`[base + offset]`."""
 
@@ -54,14 +54,14 @@ class Address:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Vector:
     """`{a, b, ...}`."""
 
     items: tuple["Operand", ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """`a|b`, two destinations."""
 
@@ -72,7 +72,7 @@ class Pair:
 Operand = Name | Immediate | Address | Vector | Pair
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """One instruction; `text` and `location` are for reports."""
 
@@ -86,7 +86,7 @@ class Instruction:
     call: tuple[tuple[str, ...], str, tuple[str, ...]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter or a variable in parameter space."""
 
@@ -95,7 +95,7 @@ class Parameter:
     align: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Variable:
     """A variable in shared, local, global or constant memory; of size 0 if dynamic."""
 

@@ -56,3 +56,20 @@ def test_order_within_a_block_does_not_show(seed: int) -> None:
     lines += [f"st.global.f32 [%a1+{4 * i}], %f{i};" for i in range(REGISTERS)]
     Bench("\n".join([HEAD, *lines, "ret;", "}", ""])).launch("k", [Empty(out), x], block=LANES)
     np.testing.assert_array_equal(out, np.stack(registers, 1))
+
+
+def test_programs_share_the_room_of_their_registers() -> None:
+    """There are hundreds of them, with up to thousands of registers of thousands of lanes."""
+    text = HEAD + "ld.global.f32 %f1, [%a2];\nst.global.f32 [%a1], %f1;\nret;\n}\n"
+    x = np.arange(LANES * REGISTERS, dtype=np.float32).reshape(LANES, REGISTERS)
+    rooms = set()
+    for each in (text, text.replace("%f1", "%f7")):
+        bench = Bench(each)
+        for lanes in (LANES, 32):
+            out = np.zeros_like(x)
+            bench.launch("k", [out, x], block=lanes)
+            np.testing.assert_array_equal(out[:lanes, 0], x[:lanes, 0])
+        for program in bench._programs.values():
+            for registers in program._pool.values():
+                rooms |= {id(r.base) for r in registers.take() if getattr(r, "ndim", 0)}
+    assert len(rooms) == 3  # of 8 bytes, of 4, and of predicates
