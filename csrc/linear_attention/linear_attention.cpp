@@ -68,20 +68,20 @@ void write_state(const Attention& attention, const float* from, std::int64_t tas
   }
 }
 
-// How many heads of a sequence a thread takes at once. Where their rows lie side by side, those of
-// many heads are read in the order of memory: as many as leave no thread more than a tenth longer
-// than the others. The bits do not depend on it.
+// How many heads of a sequence a thread takes at once. Where their rows lie side by side, many are
+// read in the order of memory: as many as leave no thread with a tenth more of them than its share.
+// The bits do not depend on it.
 std::int64_t heads_at_once(const Attention& attention, int threads) {
   if (attention.k.head >= attention.k.row) return 1;
-  const std::int64_t state = padded(attention.d) * (padded(attention.e) + 1) * 4;
+  const std::int64_t state = 4 * state_size(head_of(attention, 0));
   const std::int64_t most = std::max<std::int64_t>(1, kGroupStates / state), h = attention.h;
   const std::int64_t even = ceil_div(attention.s * h, threads);
   std::int64_t groups = ceil_div(h, most);
-  // In heads, the longest that a thread takes.
-  const auto longest = [&] {
+  // The most heads of a thread.
+  const auto most_of_one = [&] {
     return ceil_div(attention.s * groups, threads) * ceil_div(h, groups);
   };
-  while (groups < h && 10 * longest() > 11 * even) ++groups;
+  while (groups < h && 10 * most_of_one() > 11 * even) ++groups;
   return ceil_div(h, groups);
 }
 
@@ -96,7 +96,7 @@ void forward_heads(const Kernels& kernels, const Attention& attention, int threa
                    float* last) {
   const std::int64_t width = heads_at_once(attention, threads);
   const std::int64_t groups = ceil_div(attention.h, width), turn = rows_in_turn(attention);
-  const std::int64_t size = padded(attention.d) * padded(attention.e) + padded(attention.d);
+  const std::int64_t size = state_size(head_of(attention, 0));
   parallel_for(threads, attention.s * groups, [&](std::int64_t task) {
     const std::int64_t begin = task / groups * attention.h + task % groups * width;
     const std::int64_t end = std::min(begin + width, (task / groups + 1) * attention.h);

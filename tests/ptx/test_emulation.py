@@ -89,7 +89,7 @@ def test_emulated_device() -> None:
     assert "unwritten result: element (0,) of result 1" in found["a result never written"]
     missing = found["an input never written"]
     assert "uninitialised read: nobody has written to indices + 0 of 560 bytes" in missing
-    assert re.search(r"in t2p::vq::lookup_kernel<float> at vq_cuda_sums\.cu:\d+", missing)
+    assert re.search(r"in t2p::vq::lookup_kernel<float> at vq_cuda_lookup\.cu:\d+", missing)
     assert "synchronisation: the host would wait for the GPU" in found["a host that waits"]
     assert lines[-1].startswith("error: vq_lookup: indices")
 
