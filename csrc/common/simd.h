@@ -33,14 +33,17 @@
 //
 // multiply_even multiplies the unsigned numbers of the even lanes and puts the low halves of the
 // products there, the high halves into the lanes that follow; odd_to_even moves the odd lanes to
-// the even ones, interleave_even puts the even lanes of two vectors side by side. shift_right fills
-// with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits; bit_xor of three
-// is one instruction in AVX-512.
+// the even ones, interleave_even puts the even lanes of two vectors side by side, and part_pairs
+// those of a pair of lanes of `a` and of `b`: of every four lanes the first pair goes to `first`.
+// shift_right fills with zeros, shift_right_signed with the sign; as_i32 and as_f32 keep the bits;
+// bit_xor of three and bit_and_or, (a & b) | c, are one instruction in AVX-512. multiply_add may
+// round a product, fused_multiply_add never does.
 //
 // min and max give `b` where either operand is a NaN. within is a where that lies in
 // [-limit, limit], else its nearer end, and one of the three where a is a NaN.
 //
-// take gives every lane that lane of `a` which `index` says there, modulo kLanes. stream is a store
+// take gives every lane that lane of `a` which `index` says there, modulo kLanes; take_each looks
+// up tables of 32, aligned, modulo 32, fastest where all indices are at least 24. stream is a store
 // to a multiple of the vector's size that leaves the caches alone, if there is an instruction for
 // it; between streams and anything that tells another thread of them there must be a stream_fence.
 //

@@ -75,6 +75,7 @@ T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) {
 }
 T2P_INLINE F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
 T2P_INLINE F64 sub(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+T2P_INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) { return multiply_add(a, b, c); }
 T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
 T2P_INLINE M32 less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
@@ -227,6 +228,9 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+T2P_INLINE I32 bit_and_or(I32 a, I32 b, I32 c) {
+  return {_mm256_or_si256(_mm256_and_si256(a.v, b.v), c.v)};
+}
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 template <int kBits>
@@ -252,6 +256,23 @@ T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
 T2P_INLINE I32 odd_to_even(I32 a) { return {_mm256_srli_epi64(a.v, 32)}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) {
   return {_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xAA)};
+}
+T2P_INLINE void part_pairs(I32 a, I32 b, I32& first, I32& second) {
+  first = {_mm256_unpacklo_epi64(a.v, b.v)};
+  second = {_mm256_unpackhi_epi64(a.v, b.v)};
+}
+template <int kTables>
+T2P_INLINE void take_each(const float (&tables)[kTables][32], I32 index, F32 (&out)[kTables]) {
+  // Gathers take longer than to look at one vector of the table, where most are expected.
+  const __m256i entry = _mm256_and_si256(index.v, _mm256_set1_epi32(31));
+  const __m256i early = _mm256_cmpgt_epi32(_mm256_set1_epi32(24), entry);
+  if (_mm256_testz_si256(early, early)) [[likely]] {
+    for (int i = 0; i < kTables; ++i) {
+      out[i] = {_mm256_permutevar8x32_ps(_mm256_load_ps(tables[i] + 24), entry)};
+    }
+    return;
+  }
+  for (int i = 0; i < kTables; ++i) out[i] = {_mm256_i32gather_ps(tables[i], entry, 4)};
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

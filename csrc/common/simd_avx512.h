@@ -69,6 +69,7 @@ T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) {
 }
 T2P_INLINE F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 T2P_INLINE F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+T2P_INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) { return multiply_add(a, b, c); }
 T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 
 T2P_INLINE M32 less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
@@ -319,6 +320,9 @@ T2P_INLINE I32 exp2_words(F32 a, F32 b) {
 #endif
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+T2P_INLINE I32 bit_and_or(I32 a, I32 b, I32 c) {
+  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xEA)};
+}
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) {
   return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
@@ -343,9 +347,21 @@ T2P_INLINE F32 select(M32 m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v
 T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
   return {_mm512_mul_epu32(a.v, _mm512_set1_epi32(static_cast<int>(b)))};
 }
-T2P_INLINE I32 odd_to_even(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+// A shuffle, not a shift: those and multiplications share a port of Intel's.
+T2P_INLINE I32 odd_to_even(I32 a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) {
-  return {_mm512_mask_mov_epi32(a.v, 0xAAAA, _mm512_slli_epi64(b.v, 32))};
+  return {_mm512_mask_shuffle_epi32(a.v, 0xAAAA, b.v, _MM_PERM_CCAA)};
+}
+T2P_INLINE void part_pairs(I32 a, I32 b, I32& first, I32& second) {
+  first = {_mm512_unpacklo_epi64(a.v, b.v)};
+  second = {_mm512_unpackhi_epi64(a.v, b.v)};
+}
+template <int kTables>
+T2P_INLINE void take_each(const float (&tables)[kTables][32], I32 index, F32 (&out)[kTables]) {
+  for (int i = 0; i < kTables; ++i) {
+    const float* table = tables[i];
+    out[i] = {_mm512_permutex2var_ps(_mm512_load_ps(table), index.v, _mm512_load_ps(table + 16))};
+  }
 }
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -94,6 +94,10 @@ T2P_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
 T2P_INLINE F32 multiply_subtract_from(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
 T2P_INLINE F64 add(F64 a, F64 b) { return {a.v + b.v}; }
 T2P_INLINE F64 sub(F64 a, F64 b) { return {a.v - b.v}; }
+T2P_INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) {
+  for (int i = 0; i < kLanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
 T2P_INLINE F64 multiply_add(F64 a, F64 b, F64 c) { return {a.v * b.v + c.v}; }
 
 T2P_INLINE M32 less(F32 a, F32 b) { return {a.v < b.v}; }
@@ -217,6 +221,7 @@ T2P_INLINE I32 dot_bytes(I32 sum, I32 a, I32 b) {
 }
 
 T2P_INLINE I32 bit_and(I32 a, I32 b) { return {a.v & b.v}; }
+T2P_INLINE I32 bit_and_or(I32 a, I32 b, I32 c) { return {(a.v & b.v) | c.v}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b) { return {a.v ^ b.v}; }
 T2P_INLINE I32 bit_xor(I32 a, I32 b, I32 c) { return bit_xor(bit_xor(a, b), c); }
 typedef std::uint32_t U32Vector __attribute__((vector_size(16)));
@@ -248,5 +253,15 @@ T2P_INLINE I32 multiply_even(I32 a, std::uint32_t b) {
 }
 T2P_INLINE I32 odd_to_even(I32 a) { return {I32::type{a.v[1], 0, a.v[3], 0}}; }
 T2P_INLINE I32 interleave_even(I32 a, I32 b) { return {I32::type{a.v[0], b.v[0], a.v[2], b.v[2]}}; }
+T2P_INLINE void part_pairs(I32 a, I32 b, I32& first, I32& second) {
+  first = {I32::type{a.v[0], a.v[1], b.v[0], b.v[1]}};
+  second = {I32::type{a.v[2], a.v[3], b.v[2], b.v[3]}};
+}
+template <int kTables>
+T2P_INLINE void take_each(const float (&tables)[kTables][32], I32 index, F32 (&out)[kTables]) {
+  for (int i = 0; i < kTables; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane) out[i].v[lane] = tables[i][index.v[lane] & 31];
+  }
+}
 
 }  // namespace t2p::simd::T2P_ISA_NAMESPACE

@@ -8,6 +8,7 @@
 
 #include "bindings/plain.h"
 #include "bindings/tensor_view.h"
+#include "common/normal.h"
 #include "common/philox.h"
 #include "scheduler/scheduler.h"
 
@@ -288,9 +289,10 @@ void noise(const TensorView& out, const std::optional<TensorView>& seeds, std::u
 // For tests: the words, and the normal numbers made of them one by one.
 py::tuple philox(std::uint64_t seed, std::uint64_t offset, std::uint64_t index) {
   const philox::Words words = philox::words(seed, offset, index);
-  const philox::Normals normals = philox::normals(words);
-  return py::make_tuple(py::make_tuple(words.v[0], words.v[1], words.v[2], words.v[3]),
-                        py::make_tuple(normals.v[0], normals.v[1], normals.v[2], normals.v[3]));
+  const auto& [a, b, c, d] = words.v;
+  using normal::of_word;
+  return py::make_tuple(py::make_tuple(a, b, c, d),
+                        py::make_tuple(of_word(a), of_word(b), of_word(c), of_word(d)));
 }
 
 }  // namespace
@@ -310,6 +312,7 @@ void bind(py::module_& m) {
   m.def("scheduler_seed", &draw_seed);
   m.def("scheduler_noise", &noise, py::arg("out"), py::arg("seeds"), py::arg("seed"),
         py::arg("offset"), py::arg("threads"));
+  m.def("normal_of_word", &normal::of_word, py::arg("word"));
   m.def("philox", &philox, py::arg("seed"), py::arg("offset"), py::arg("index"));
 }
 

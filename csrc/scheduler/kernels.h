@@ -9,9 +9,10 @@
 
 namespace t2p::scheduler {
 
-// Elements that are worked on at a time, so that all their numbers stay in the nearest cache.
-// Ranges of elements begin at multiples of it.
-constexpr int kChunk = 512;
+// Elements that are worked on at a time: all their numbers stay in the nearest cache, and are few
+// enough that the processor fetches the next ones while noise is drawn. Ranges of elements begin at
+// multiples of it.
+constexpr int kChunk = 256;
 
 // What is known of a sample before its elements are looked at one by one.
 struct SampleState {

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/half.h"
-#include "common/philox-inl.h"
+#include "common/normal-inl.h"
 #include "common/simd.h"
 #include "scheduler/kernels.h"
 
@@ -153,19 +153,9 @@ T2P_INLINE const float* row_of(const Step& step, std::int64_t b) {
 
 void noise(std::uint64_t seed, std::uint64_t offset, std::uint64_t index, std::int64_t begin,
            std::int64_t end, float* out) {
-  // Whole groups of vectors: `out` has room up to the next multiple of kChunk. With 16 registers
-  // two groups at once would spill.
-  constexpr int kGroups = kLanes == 16 ? 2 : 1, kGroup = 4 * kLanes;
-  static_assert(kChunk % (kGroups * kGroup) == 0);
-  for (std::int64_t i = begin; i < end; i += kGroups * kGroup) {
-    F32 n[kGroups][4];
-    philox_normals(seed, offset, index + static_cast<std::uint64_t>(i / 4), n);
-    for (int g = 0; g < kGroups; ++g) {
-      for (int part = 0; part < 4; ++part) {
-        store(out + (i - begin) + g * kGroup + part * kLanes, n[g][part]);
-      }
-    }
-  }
+  static_assert(kChunk % (4 * kLanes) == 0);  // `out` has room for a multiple of it
+  philox_normals(seed, offset, index + static_cast<std::uint64_t>(begin / 4), (end - begin + 3) / 4,
+                 out);
 }
 
 // to = from * exp(power * (w0 + w1 raw)): times the learned variance, or its root.

@@ -12,6 +12,7 @@
 #include "common/carver.h"
 #include "common/cuda_check.cuh"
 #include "common/half.cuh"
+#include "common/normal.h"
 #include "common/philox.h"
 #include "scheduler/scheduler.h"
 
@@ -64,10 +65,13 @@ __device__ const float* row_of(const Step& step, int64_t b) {
   return row >= 0 && row < step.rows ? step.coefficients + row * kColumns : nullptr;
 }
 
-__device__ philox::Normals draw(const Step& step, int64_t b, int64_t group) {
+__device__ Group<float> draw(const Step& step, int64_t b, int64_t group) {
   const uint64_t seed = step.seeds ? static_cast<uint64_t>(step.seeds[b]) : step.seed;
   const uint64_t index = (step.seeds ? 0 : static_cast<uint64_t>(b) << 32) + group;
-  return philox::normals(philox::words(seed, step.offset, index));
+  const philox::Words words = philox::words(seed, step.offset, index);
+  Group<float> numbers;
+  for (int i = 0; i < kGroup; ++i) numbers.v[i] = normal::of_word(words.v[i]);
+  return numbers;
 }
 
 __device__ float guided(float output, float uncond, float scale) {
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
       if (step.history1.data) history1 = read<T, kAligned>(step.history1, b, first, count);
       if (step.history2.data) history2 = read<T, kAligned>(step.history2, b, first, count);
       if (step.source == Noise::kGiven) given = read<T, kAligned>(step.noise, b, first, count);
-      philox::Normals noise{};
+      Group<float> noise{};
       if (step.source == Noise::kPhilox && (c[kPrevNoise] != 0 || c[kX0Noise] != 0)) {
         noise = draw(step, b, g);
       }
@@ -291,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const Step step, float*
   for (int64_t b = blockIdx.y; b < step.batch; b += gridDim.y) {
     for (int64_t g = blockIdx.x * int64_t{kThreads} + threadIdx.x; g < groups;
          g += int64_t{gridDim.x} * kThreads) {
-      const philox::Normals noise = draw(step, b, g);
+      const Group<float> noise = draw(step, b, g);
       for (int i = 0; i < kGroup; ++i) {
         if (g * kGroup + i < step.n) out[b * step.n + g * kGroup + i] = noise.v[i];
       }

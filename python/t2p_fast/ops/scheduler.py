@@ -402,7 +402,8 @@ def scheduler_noise(
 ) -> Tensor:
     """The standard normal noise that `scheduler_step` draws from `seed` at `offset`.
 
-    Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller; the same bits on every device.
+    Philox4x32-10 (Salmon et al., SC 2011) and the normal distribution's quantiles, by polynomials
+    to 4e-6; the same bits on every device. None is beyond 6.23.
 
     Args:
         shape: `[b, ...]`.
