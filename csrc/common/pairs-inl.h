@@ -11,6 +11,7 @@ template <bool relu>
 T2P_INLINE void pair_rows(const std::uint16_t* a, const std::uint16_t* b, std::int64_t channels,
                           std::int32_t* to) {
   std::int64_t c = 0;
+#pragma GCC unroll 2
   for (; c + kLanes <= channels; c += kLanes) {
     const I32 pair = pair_words(a + c, b + c);
     store(to + c, relu ? relu_bf16(pair) : pair);

@@ -17,35 +17,36 @@ namespace {
 constexpr std::int64_t kBlocks = 8;  // of keys, between loads of the sums
 
 // Pairs of rows [16, width] as the left side of a product, [width, 16].
-void turn(const std::int32_t* pairs, std::int64_t width, std::int32_t* to) {
+T2P_INLINE void turn(const std::int32_t* pairs, std::int64_t width, std::int32_t* to) {
   transpose(reinterpret_cast<const float*>(pairs), kSide, width, reinterpret_cast<float*>(to));
 }
 
-void clear(std::int32_t* from, const std::int32_t* end) {
+T2P_INLINE void clear(std::int32_t* from, const std::int32_t* end) {
   for (; from < end; from += kLanes) store(from, broadcast(std::int32_t{0}));
 }
 
 // As accumulate_bf16.
+template <bool relu, std::int64_t usual>
 void accumulate_pairs(const Attention& attention, const Head& head, std::int64_t begin,
                       std::int64_t end, float* scratch, float* state) {
-  const std::int64_t dp = head.dp, ep = head.ep;
+  const Widths<usual> width(attention);
+  const std::int64_t dp = width.dp, ep = width.ep;
   auto* lefts = reinterpret_cast<std::int32_t*>(scratch);  // [kBlocks, dp, 16]
   std::int32_t* rights = lefts + kBlocks * dp * kSide;     // [kBlocks, 16, ep]
   std::int32_t* keys = rights + kBlocks * kSide * ep;      // [16, dp]
   const Side left{lefts, kSide * kSide, kSide, 0, dp * kSide};
   const Side right{rights, kSide, ep, 0, kSide * ep};
   const std::uint8_t* mask = mask_of(attention, head);
-  const auto read_keys = attention.feature == Feature::kRelu ? read_pairs<true> : read_pairs<false>;
-  const std::int64_t ahead_k = ahead(attention.k, attention.d, kDepth);
-  const std::int64_t ahead_v = ahead(attention.v, attention.e, kDepth);
+  const std::int64_t ahead_k = ahead(attention.k, width.d, kDepth);
+  const std::int64_t ahead_v = ahead(attention.v, width.e, kDepth);
   const tiles::TilesInUse in_use;
   for (std::int64_t row = begin; row < end;) {
     std::int64_t block = 0;
     for (; block < kBlocks && row < end; ++block, row += kDepth) {
       const std::int64_t count = end - row < kDepth ? end - row : kDepth, pairs = (count + 1) / 2;
       std::int32_t* values = rights + block * kSide * ep;
-      read_keys(attention.k, head, row, count, attention.d, mask, ahead_k, keys);
-      read_pairs<false>(attention.v, head, row, count, attention.e, mask, ahead_v, values);
+      read_pairs<relu>(attention.k, head, row, count, width.d, mask, ahead_k, keys);
+      read_pairs<false>(attention.v, head, row, count, width.e, mask, ahead_v, values);
       sum_pairs(keys, pairs, dp, state + dp * ep);
       clear(keys + pairs * dp, keys + kSide * dp);
       clear(values + pairs * ep, values + kSide * ep);
@@ -88,13 +89,13 @@ bool split_state(const Head& head, const float* state, std::int64_t width, std::
 // phi of `count` queries as the left side of a product, [height, half], half the channels in pairs;
 // the rest is zeros. Returns whether tiles are good for them.
 template <bool relu>
-bool read_left(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
-               std::int64_t height, std::int64_t channels, std::int64_t ahead, std::int64_t half,
-               std::int32_t* to) {
+T2P_INLINE bool read_left(const Rows& rows, const Head& head, std::int64_t begin,
+                          std::int64_t count, std::int64_t height, std::int64_t channels,
+                          std::int64_t ahead, std::int64_t half, std::int32_t* to) {
   Magnitudes magnitudes;
   std::int64_t at = place(rows, head, begin);
   for (std::int64_t i = 0; i < count; ++i, at += rows.row, to += half) {
-    if (ahead > 0) prefetch_row(rows, at + ahead * rows.row, channels);
+    prefetch_row(rows, at + ahead * rows.row, channels);
     const auto* words = static_cast<const std::uint16_t*>(rows.data) + at;
     for (std::int64_t c = 0; c < channels; c += kDepth) {
       std::uint16_t tail[kDepth];
@@ -113,9 +114,13 @@ bool read_left(const Rows& rows, const Head& head, std::int64_t begin, std::int6
   return magnitudes.all_ordinary();
 }
 
+template <bool relu, std::int64_t usual>
 void apply_split(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
                  const float* state, float* scratch, const Rows& out) {
-  const std::int64_t dp = head.dp, ep = head.ep, width = attention.normalize ? ep + kSide : ep;
+  const Widths<usual> channels(attention);
+  const std::int64_t dp = channels.dp, ep = channels.ep;
+  // Columns of z are there anyhow where the compiler is to know how many there are.
+  const std::int64_t width = usual || attention.normalize ? ep + kSide : ep;
   const std::int64_t blocks = ceil_div(dp, kDepth), half = blocks * kSide;
   auto* rights = reinterpret_cast<std::int32_t*>(scratch);
   std::int32_t* lefts = rights + blocks * kParts * kSide * width;     // [kDepth, half]
@@ -126,15 +131,14 @@ void apply_split(const Attention& attention, const Head& head, std::int64_t begi
   }
   const Side left{lefts, kSide * half, half, 0, kSide};
   const Side right{rights, kSide, width, kSide * width, kParts * kSide * width};
-  const auto read = attention.feature == Feature::kRelu ? read_left<true> : read_left<false>;
-  const std::int64_t ahead_q = ahead(attention.q, attention.d, kDepth);
+  const std::int64_t ahead_q = ahead(attention.q, channels.d, kDepth);
   const tiles::TilesInUse in_use;
   for (std::int64_t row = begin; row < end; row += kDepth) {
     const std::int64_t count = end - row < kDepth ? end - row : kDepth, at = place(out, head, row);
     for (std::int64_t i = kDepth; i < 2 * kDepth; ++i) {
-      prefetch_row(out, at + i * out.row, attention.e);
+      prefetch_row(out, at + i * out.row, channels.e);
     }
-    if (!read(attention.q, head, row, count, kDepth, attention.d, ahead_q, half, lefts)) {
+    if (!read_left<relu>(attention.q, head, row, count, kDepth, channels.d, ahead_q, half, lefts)) {
       read_rows(attention.q, head, row, count, kDepth, attention.d, attention.feature, nullptr,
                 queries);
       apply_rows<Format::kBf16>(attention, head, row, count, state, queries, out);
@@ -143,12 +147,12 @@ void apply_split(const Attention& attention, const Head& head, std::int64_t begi
     multiply_sides<kParts, false>(left, right, count <= kSide ? kSide : kDepth, width, blocks,
                                   products, width);
     float factors[kDepth] = {};
-    for (std::int64_t i = 0; i < count && attention.normalize; ++i) {
-      factors[i] = products[i * width + ep];
+    if (attention.normalize) {
+      for (std::int64_t i = 0; i < kDepth; ++i) factors[i] = products[i * width + ep];
     }
     for (float& by : factors) by = factor(attention, by);
     for (std::int64_t i = 0; i < count; ++i) {
-      write_format<Format::kBf16>(out, at + i * out.row, attention.e, broadcast(factors[i]),
+      write_format<Format::kBf16>(out, at + i * out.row, channels.e, broadcast(factors[i]),
                                   products + i * width);
     }
   }
@@ -159,16 +163,35 @@ T2P_INLINE bool for_tiles(const Attention& attention, std::int64_t rows) {
   return attention.k.format == Format::kBf16 && attention.feature != Feature::kElu && rows >= kSide;
 }
 
+// Calls to.operator()<relu, usual>(), as the kernels above are written for.
+template <class Call>
+T2P_INLINE void with_sizes(const Attention& attention, Call to) {
+  const bool relu = attention.feature == Feature::kRelu;
+  if (attention.d == kUsual && attention.e == kUsual) {
+    relu ? to.template operator()<true, kUsual>() : to.template operator()<false, kUsual>();
+  } else {
+    relu ? to.template operator()<true, 0>() : to.template operator()<false, 0>();
+  }
+}
+
 void accumulate_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
                          std::int64_t end, float* scratch, float* state) {
-  const auto add_keys = for_tiles(attention, head.n) ? accumulate_pairs : accumulate;
-  add_keys(attention, head, begin, end, scratch, state);
+  if (!for_tiles(attention, head.n)) {
+    return accumulate(attention, head, begin, end, scratch, state);
+  }
+  with_sizes(attention, [&]<bool relu, std::int64_t usual>() {
+    accumulate_pairs<relu, usual>(attention, head, begin, end, scratch, state);
+  });
 }
 
 void apply_on_tiles(const Attention& attention, const Head& head, std::int64_t begin,
                     std::int64_t end, const float* state, float* scratch, const Rows& out) {
-  const auto apply_to = for_tiles(attention, head.m) ? apply_split : apply;
-  apply_to(attention, head, begin, end, state, scratch, out);
+  if (!for_tiles(attention, head.m)) {
+    return apply(attention, head, begin, end, state, scratch, out);
+  }
+  with_sizes(attention, [&]<bool relu, std::int64_t usual>() {
+    apply_split<relu, usual>(attention, head, begin, end, state, scratch, out);
+  });
 }
 
 }  // namespace

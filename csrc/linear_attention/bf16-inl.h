@@ -19,19 +19,18 @@ constexpr std::int64_t kPairs = 16;  // of rows taken at a time
 
 // Rows [begin, begin + count), those that the mask leaves out as zeros.
 template <bool relu>
-void read_pairs(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
-                std::int64_t channels, const std::uint8_t* mask, std::int64_t ahead,
-                std::int32_t* to) {
+T2P_INLINE void read_pairs(const Rows& rows, const Head& head, std::int64_t begin,
+                           std::int64_t count, std::int64_t channels, const std::uint8_t* mask,
+                           std::int64_t ahead, std::int32_t* to) {
   alignas(64) static constexpr std::uint16_t kZeros[256] = {};
-  const auto* words = static_cast<const std::uint16_t*>(rows.data) + place(rows, head, begin);
+  const std::int64_t first = place(rows, head, begin), next = first + ahead * rows.row;
+  const auto* words = static_cast<const std::uint16_t*>(rows.data) + first;
   for (std::int64_t i = 0; i < count; i += 2, to += padded(channels)) {
     const std::uint16_t *a = words + i * rows.row, *b = i + 1 < count ? a + rows.row : kZeros;
     if (mask && !mask[begin + i]) a = kZeros;
     if (mask && i + 1 < count && !mask[begin + i + 1]) b = kZeros;
-    if (ahead > 0) {
-      prefetch_row(rows, place(rows, head, begin + i + ahead), channels);
-      prefetch_row(rows, place(rows, head, begin + i + 1 + ahead), channels);
-    }
+    prefetch_row(rows, next + i * rows.row, channels);
+    prefetch_row(rows, next + (i + 1) * rows.row, channels);
     pair_rows<relu>(a, b, channels, to);
   }
 }
@@ -65,8 +64,10 @@ T2P_INLINE void multiply_pairs(const std::int32_t* a, std::int64_t lda, const st
 }
 
 // z += the sum of the keys.
-void sum_pairs(const std::int32_t* keys, std::int64_t pairs, std::int64_t width, float* z) {
+T2P_INLINE void sum_pairs(const std::int32_t* keys, std::int64_t pairs, std::int64_t width,
+                          float* z) {
   const I32 ones = broadcast(std::int32_t{0x3F803F80});
+#pragma GCC unroll 2
   for (std::int64_t c = 0; c < width; c += kLanes) {
     F32 even = load(z + c), odd = broadcast(0.0f);
     std::int64_t i = 0;
@@ -87,13 +88,14 @@ void accumulate_bf16(const Attention& attention, const Head& head, std::int64_t 
   auto* keys = reinterpret_cast<std::int32_t*>(scratch);
   std::int32_t* values = keys + kPairs * dp;
   const std::uint8_t* mask = mask_of(attention, head);
-  const auto read_keys = attention.feature == Feature::kRelu ? read_pairs<true> : read_pairs<false>;
+  const bool relu = attention.feature == Feature::kRelu;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, 2 * kPairs);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, 2 * kPairs);
   for (std::int64_t row = begin; row < end; row += 2 * kPairs) {
     const std::int64_t count = end - row < 2 * kPairs ? end - row : 2 * kPairs;
     const std::int64_t pairs = (count + 1) / 2;
-    read_keys(attention.k, head, row, count, attention.d, mask, ahead_k, keys);
+    relu ? read_pairs<true>(attention.k, head, row, count, attention.d, mask, ahead_k, keys)
+         : read_pairs<false>(attention.k, head, row, count, attention.d, mask, ahead_k, keys);
     read_pairs<false>(attention.v, head, row, count, attention.e, mask, ahead_v, values);
     sum_pairs(keys, pairs, dp, state + dp * ep);
     for (std::int64_t i = 0; i < dp; i += kTileRows) {

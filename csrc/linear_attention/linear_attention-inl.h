@@ -14,6 +14,24 @@ namespace {
 
 constexpr std::int64_t kKeys = 16;  // taken at a time
 
+// state += keys^T values of `count` rows.
+template <std::int64_t usual>
+T2P_INLINE void add_outer(const Attention& attention, const float* keys, std::int64_t count,
+                          const float* values, float* state) {
+  const Widths<usual> width(attention);
+  for (std::int64_t i = 0; i < width.dp; i += kTileRows) {
+    const Matrix left{keys + i, 1, width.dp};
+    float* sums = state + i * width.ep;
+    std::int64_t j = 0;
+    for (; j + 2 * kLanes <= width.ep; j += 2 * kLanes) {
+      multiply_tile<2, true>(left, count, values + j, width.ep, sums + j, width.ep);
+    }
+    if (j < width.ep) {
+      multiply_tile<1, true>(left, count, values + j, width.ep, sums + j, width.ep);
+    }
+  }
+}
+
 void accumulate(const Attention& attention, const Head& head, std::int64_t begin, std::int64_t end,
                 float* scratch, float* state) {
 #if defined(__AVX512BF16__)
@@ -31,24 +49,23 @@ void accumulate(const Attention& attention, const Head& head, std::int64_t begin
       attention.v.format == Format::kF32 && !mask && attention.e == ep && attention.v.row == ep;
   const std::int64_t ahead_k = ahead(attention.k, attention.d, kKeys);
   const std::int64_t ahead_v = ahead(attention.v, attention.e, kKeys);
+  const bool usual = dp == kUsual && ep == kUsual;
   for (std::int64_t row = begin; row < end; row += kKeys) {
     const std::int64_t count = end - row < kKeys ? end - row : kKeys;
     read_keys(attention.k, head, row, count, count, attention.d, mask, ahead_k, keys);
     const float* values = copied;
     if (in_place) {
-      values = static_cast<const float*>(attention.v.data) + place(attention.v, head, row);
+      const std::int64_t at = place(attention.v, head, row);
+      values = static_cast<const float*>(attention.v.data) + at;
+      prefetch_row(attention.v, at + ahead_v * ep, count * ep);
     } else {
       read_values(attention.v, head, row, count, count, attention.e, mask, ahead_v, copied);
     }
     sum_rows(keys, nullptr, count, dp, z);
-    for (std::int64_t i = 0; i < dp; i += kTileRows) {
-      const Matrix left{keys + i, 1, dp};
-      float* sums = state + i * ep;
-      std::int64_t j = 0;
-      for (; j + 2 * kLanes <= ep; j += 2 * kLanes) {
-        multiply_tile<2, true>(left, count, values + j, ep, sums + j, ep);
-      }
-      if (j < ep) multiply_tile<1, true>(left, count, values + j, ep, sums + j, ep);
+    if (usual) {
+      add_outer<kUsual>(attention, keys, count, values, state);
+    } else {
+      add_outer<0>(attention, keys, count, values, state);
     }
   }
 }

@@ -103,8 +103,8 @@ T2P_INLINE void multiply_tiles(const Side& a, const Side& b, std::int64_t blocks
 
 // c [height, width] = (c +) a b, where b has `parts`; both sizes are multiples of 16.
 template <int parts, bool sums>
-void multiply_sides(Side a, const Side& b, std::int64_t height, std::int64_t width,
-                    std::int64_t blocks, float* c, std::int64_t ldc) {
+T2P_INLINE void multiply_sides(Side a, const Side& b, std::int64_t height, std::int64_t width,
+                               std::int64_t blocks, float* c, std::int64_t ldc) {
   for (std::int64_t i = 0; i < height; i += 2 * kSide, a.data += 2 * a.tile, c += 2 * kSide * ldc) {
     Side at = b;
     const bool two = i + kSide < height;

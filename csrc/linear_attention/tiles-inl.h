@@ -59,6 +59,23 @@ T2P_INLINE std::uintptr_t address(const Rows& rows, std::int64_t at) {
   return reinterpret_cast<std::uintptr_t>(rows.data) +
          static_cast<std::uintptr_t>(at * (rows.format == Format::kF32 ? 4 : 2));
 }
+
+// The channels of keys and values, known to the compiler if `usual` is not 0: loops over them have
+// no ends to look for then, and addresses no multiplications.
+template <std::int64_t usual>
+struct Widths {
+  std::int64_t d = usual, e = usual, dp = padded(usual), ep = padded(usual);
+  explicit Widths(const Attention& attention) {
+    if constexpr (usual == 0) {
+      d = attention.d;
+      e = attention.e;
+      dp = padded(d);
+      ep = padded(e);
+    }
+  }
+};
+constexpr std::int64_t kUsual = 32;
+
 // Asks for a row that will be read; past the end of a tensor this does nothing.
 T2P_INLINE void prefetch_row(const Rows& rows, std::int64_t at, std::int64_t channels) {
   const std::uintptr_t begin = address(rows, at), end = address(rows, at + channels);
@@ -67,10 +84,12 @@ T2P_INLINE void prefetch_row(const Rows& rows, std::int64_t at, std::int64_t cha
   }
 }
 
-// How many rows ahead to ask for: none of rows that lie one after another, since the processor sees
-// that for itself.
+// How many rows ahead to ask for: `count`, or kFarBytes of rows that lie one after another. The
+// processor sees for itself what comes next there, but does not look far enough ahead.
+constexpr std::int64_t kFarBytes = 3072;
 T2P_INLINE std::int64_t ahead(const Rows& rows, std::int64_t channels, std::int64_t count) {
-  return rows.row == channels ? 0 : count;
+  if (rows.row != channels) return count;
+  return ceil_div(kFarBytes, channels * (rows.format == Format::kF32 ? 4 : 2));
 }
 
 template <Format format, Feature feature>
@@ -162,8 +181,9 @@ T2P_INLINE void write_vector(void* data, std::int64_t at, std::int64_t count, F3
 }
 
 template <Format format>
-void write_format(const Rows& rows, std::int64_t at, std::int64_t channels, F32 by,
-                  const float* from) {
+T2P_INLINE void write_format(const Rows& rows, std::int64_t at, std::int64_t channels, F32 by,
+                             const float* from) {
+#pragma GCC unroll 2
   for (std::int64_t c = 0; c < channels; c += kLanes) {
     write_vector<format>(rows.data, at + c, channels - c, mul(by, load(from + c)));
   }
