@@ -45,6 +45,7 @@ class Run:
     steps: int
     captions: int
     batch_size: int
+    dtype: str
     threads: int
     tokens_ms: float  # a picture
     decode_ms: float
@@ -67,15 +68,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--vocabulary", default="basic")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the sheet of pictures")
     options = parser.parse_args(argv)
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     if options.mrf:
-        muse = MusePipeline.from_pretrained(options.model, device=options.device)
-        field = TokenMRF.from_pretrained(options.mrf, device=options.device)
+        muse = MusePipeline.from_pretrained(options.model, **place)
+        field = TokenMRF.from_pretrained(options.mrf, **place)
         pipeline = MarkovGenPipeline(muse.text_encoder, muse.muse, muse.vqgan, field)
     else:
-        pipeline = MarkovGenPipeline.from_pretrained(options.model, device=options.device)
+        pipeline = MarkovGenPipeline.from_pretrained(options.model, **place)
     exit_step = options.exit_step or pipeline.default_exit_step(options.steps)
     dataset = SceneDataset(
         options.vocabulary, split=options.split, size=pipeline.vqgan.config.sample_size
@@ -94,8 +97,9 @@ def main(argv: Sequence[str]) -> int:
         first_pictures = first_pictures or pictures
     accounting = account(pipeline, [s.caption for s in samples], options.steps, exit_step)
     console = Console()
-    for table in (quality_table(runs), accounting_table(accounting, options.steps, exit_step)):
-        console.print(table)
+    rounds = pipeline.mrf.config.rounds
+    console.print(quality_table(runs))
+    console.print(accounting_table(accounting, options.steps, exit_step, rounds))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_runs(options.out / f"markovgen-{options.device}.csv", runs, options.device)
@@ -154,7 +158,8 @@ def compare(
         runs.append(
             Run(
                 method=method, seed=seed, steps=ways[method][1], captions=len(samples),
-                batch_size=batch_size, threads=torch.get_num_threads(),
+                batch_size=batch_size, dtype=str(pipeline.muse.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
                 tokens_ms=spent["tokens"], decode_ms=spent["decode"], text_ms=spent["text"],
                 prompt_accuracy=score.accuracy,
                 cmmd=cmmd(embed(features, pictures[method]), true),
@@ -195,7 +200,7 @@ def _stages(
     tokens = rounds(steps)
     return {
         "t_base": median_ms(partial(rounds, exit_step)) / exit_step,
-        "t_MRF": median_ms(field),
+        "t_MRF": median_ms(field) / pipeline.mrf.config.rounds,
         "t_text": median_ms(partial(encode, captions)),
         "t_dec": median_ms(partial(pipeline.decode, tokens)),
     }
@@ -228,16 +233,19 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{mean(values):.3g} ± {deviation:.2g}{unit}"
 
 
-def accounting_table(terms: dict[int, dict[str, float]], steps: int, exit_step: int) -> Table:
-    """``k t_base + t_MRF + t_text + t_dec``, as the paper reckons."""
-    table = Table(title="ms a batch: k t_base + t_MRF + t_text + t_dec", box=box.SIMPLE)
+def accounting_table(
+    terms: dict[int, dict[str, float]], steps: int, exit_step: int, inferences: int
+) -> Table:
+    """``k t_base + r t_MRF + t_text + t_dec``; the paper has one inference, ``r = 1``."""
+    title = f"ms a batch: k t_base + {inferences} t_MRF + t_text + t_dec"
+    table = Table(title=title, box=box.SIMPLE)
     names = ("t_base", "t_MRF", "t_text", "t_dec")
     for column in ("batch", *names, "muse", "markovgen", "ratio", "t_MRF / t_base"):
         table.add_column(column, justify="right")
     for batch, spent in terms.items():
         rest = spent["t_text"] + spent["t_dec"]
         muse = steps * spent["t_base"] + rest
-        short = exit_step * spent["t_base"] + spent["t_MRF"] + rest
+        short = exit_step * spent["t_base"] + inferences * spent["t_MRF"] + rest
         table.add_row(
             str(batch),
             *[f"{spent[n]:.3g}" for n in names],

@@ -66,6 +66,37 @@ def test_it_learns_which_tokens_stand_together() -> None:
     assert (mrf.finish(torch.zeros(64, 16, 6), tokens) == rows).float().mean() > 0.98
 
 
+def test_rounds_settle_what_one_inference_cannot() -> None:
+    """An object at one of two places, each of which is as likely to be empty as the other."""
+    empty, thing = 0, 1
+    config = TokenMRFConfig(vocab_size=3, token_grid=2)
+    mrf = TokenMRF(config)
+    with torch.no_grad():
+        mrf.w_s.copy_(torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+        mrf.w_c.copy_(torch.tensor([[-6.0, 6, 0], [6, -6, 0], [0, 0, 0]]))
+    scores = torch.zeros(1, 4, 3)
+    scores[..., 2] = -torch.inf
+    scores[:, 2:, thing] = -torch.inf  # no choice there
+    scores[0, 0, thing] = 1e-3
+    scores[0, 1, thing] = 1e-3
+    masked = torch.full((1, 4), 3)
+    alone = mrf.finish(scores, masked)[0]
+    assert alone[0] == alone[1]
+    settling = TokenMRF(TokenMRFConfig(vocab_size=3, token_grid=2, rounds=2))
+    settling.load_state_dict(mrf.state_dict())
+    for unknown in (None, 4):
+        full = settling.finish(scores, masked, unknown)
+        assert sorted(full[0, :2].tolist()) == [empty, thing]
+        assert full[0, 2:].tolist() == [empty, empty]
+    tokens = torch.tensor([[3, thing, 3, 3]])
+    assert settling.finish(scores, tokens)[0].tolist() == [empty, thing, empty, empty]
+    full = torch.tensor([[1, 1, 0, 0]])
+    assert torch.equal(settling.finish(scores, full), full)
+    both = settling.finish(scores.repeat(3, 1, 1), torch.cat([full, masked, tokens]))
+    each = [settling.finish(scores, t) for t in (full, masked, tokens)]
+    assert torch.equal(both, torch.cat(each))
+
+
 def test_packed_labels_are_kept_until_they_change() -> None:
     torch.manual_seed(0)
     mrf = TokenMRF(TokenMRFConfig(vocab_size=512, token_grid=3)).bfloat16().eval()

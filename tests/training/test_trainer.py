@@ -418,13 +418,23 @@ def test_field_learns_what_muse_ends_with(tmp_path: Path) -> None:
     assert TokenMRF.from_pretrained(tmp_path / "run" / "model").config == config.model
 
 
+@torch.no_grad()
+def undecided(task: MRFTask) -> MRFTask:
+    """Makes the generator leave a choice everywhere."""
+    assert task.pipeline is not None
+    task.pipeline.muse.norm_out.weight.mul_(0.02)
+    return task
+
+
 def test_a_field_sees_what_muse_leaves_at_every_exit_step(tmp_path: Path) -> None:
     config = mrf_training(tmp_path, with_muse=True)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, exit_spread=1))
-    task = MRFTask(config)
+    task = undecided(MRFTask(config))
     trainer = quiet(task, tmp_path / "run")
     left = task._left_by_muse(trainer)
     assert len(task.dataset) == 3 * 7 == len(left.scores) == len(left.known) == len(left.final)
+    task.left = left
+    rows = task._left_rows(torch.arange(21), "cpu")
     assert task.pipeline is not None
     muse, encode = task.pipeline.muse, task.pipeline.text_encoder.encode
     captions = list(PictureDataset(config.data, seed=config.run.seed).captions(7))
@@ -438,13 +448,45 @@ def test_a_field_sees_what_muse_leaves_at_every_exit_step(tmp_path: Path) -> Non
     for row, exit_step in enumerate((1, 2, 3)):
         scores, tokens = seen[exit_step]
         own = slice(7 * row, 7 * row + 7)
-        assert torch.equal(left.scores[own], scores.bfloat16())
-        assert torch.equal(left.known[own], tokens.masked_fill(tokens == 16, -1))
-        assert torch.equal(left.final[own], final)
+        least = scores.topk(8, -1).values[..., -1:]
+        likeliest = scores.bfloat16().float().masked_fill(scores < least, -torch.inf)
+        assert torch.equal(rows[0][own], likeliest)
+        assert torch.equal(rows[1][own], tokens.masked_fill(tokens == 16, -1))
+        assert torch.equal(rows[2][own], final)
     run = dataclasses.replace(config.run, mixed_precision="bf16")
-    scores = MRFTask(dataclasses.replace(config, run=run))._left_by_muse(trainer).scores
-    near = (scores[:7] - seen[1][0]).abs()
+    rounded = undecided(MRFTask(dataclasses.replace(config, run=run)))
+    scores = rounded._left_by_muse(trainer).scores
+    near = (scores[:7] - seen[1][0].topk(8, -1).values).abs()
     assert 0 < near[near.isfinite()].mean() < 0.1
+
+
+def test_a_field_that_settles_in_rounds_is_shown_a_share(tmp_path: Path) -> None:
+    config = mrf_training(tmp_path, with_muse=True)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reveal=True))
+    task = undecided(MRFTask(config))
+    left = task.left = task._left_by_muse(quiet(task, tmp_path / "run"))
+    torch.manual_seed(0)
+    rows = torch.arange(200) % len(left.final)
+    unary, known, final = task._left_rows(rows, "cpu")
+    assert unary.isfinite().sum(-1).max() <= config.loss.candidates
+    masked = left.known[rows] < 0
+    assert torch.equal(known[~masked], left.known[rows][~masked].long())
+    shown = (known >= 0) & masked
+    assert torch.equal(known[shown], final[shown])
+    share = shown.sum(1) / masked.sum(1)
+    assert 0.4 < share.mean() < 0.6
+    assert share.min() < 0.1
+    assert share.max() > 0.9
+
+
+def test_a_generator_that_leaves_no_choice_is_refused(tmp_path: Path) -> None:
+    config = mrf_training(tmp_path, with_muse=True)
+    task = MRFTask(config)
+    assert task.pipeline is not None
+    with torch.no_grad():
+        task.pipeline.muse.output_bias[3] = 100
+    with pytest.raises(ValueError, match="of 7 captions the generator leaves no choice after"):
+        task._left_by_muse(quiet(task, tmp_path / "run"))
 
 
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:

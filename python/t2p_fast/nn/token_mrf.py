@@ -27,17 +27,22 @@ class TokenMRFConfig:
         token_grid: tokens along a side, so ``n = token_grid ** 2``.
         rank: of the label weights ``W_c = a b^T``; 0 learns the whole matrix, as the paper.
         iterations: of mean field.
+        rounds: inferences in which :meth:`TokenMRF.finish` settles the tokens that are missing. One
+            finds all at once, as in the paper, each as it is likeliest by itself: of two places
+            for an object it then takes both or neither. With more, what is settled has a say in
+            what follows.
     """
 
     vocab_size: int = 1024
     token_grid: int = 8
     rank: int = 0
     iterations: int = 5
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(
             self, "TokenMRFConfig: ", vocab_size="[1, 1048576]", token_grid="[1, 256]",
-            rank="[0, 65536]", iterations="[1, 1000]",
+            rank="[0, 65536]", iterations="[1, 1000]", rounds="[1, 65536]",
         )  # fmt: skip
 
 
@@ -111,18 +116,48 @@ class TokenMRF(PretrainedModel):
 
     @torch.no_grad()
     def finish(self, scores: Tensor, tokens: Tensor, unknown: int | None = None) -> Tensor:
-        """Fills in what is masked with the likeliest tokens.
+        """Fills in what is masked with the likeliest tokens, in ``config.rounds`` inferences.
+
+        After each but the last an equal share of the tokens about which there is a choice, the
+        surest, stay as they are likeliest (as MaskGIT's decoding does, H. Chang et al., CVPR 2022,
+        with a field in place of the transformer).
 
         Args:
-            scores: ``[b, n, V]``, of the generator's last round.
+            scores: ``[b, n, V]``, of the generator's last round; -inf is never chosen.
             tokens: ``[b, n]`` int64, with ``V`` where masked.
             unknown: how many are masked in a picture, at most: as of `forward`.
 
         Returns:
             Tokens ``[b, n]``.
         """
-        masked = tokens == self.config.vocab_size
-        known = tokens.masked_fill(masked, -1)
+        known = tokens.masked_fill(tokens == self.config.vocab_size, -1)
+        if self.config.rounds > 1:
+            known = self._settle(scores, known, unknown)
         return mrf_likeliest(
             scores, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
         )
+
+    def _settle(self, scores: Tensor, known: Tensor, unknown: int | None) -> Tensor:
+        """Known tokens after all rounds but the last."""
+        rounds = self.config.rounds
+        left = (known < 0) & (scores.isfinite().sum(-1) > 1)
+        undecided = left.any(1)
+        if not scores.is_cuda and not undecided.all():  # a GPU would have to wait to know
+            known = known.clone()
+            if undecided.any():
+                known[undecided] = self._settle(scores[undecided], known[undecided], unknown)
+            return known
+        chosen = left.sum(1, keepdim=True)
+        for done in range(1, rounds):
+            sure, likeliest = self(scores, known, unknown).max(-1)
+            count = _share(chosen, done, rounds) - _share(chosen, done - 1, rounds)
+            rank = sure.masked_fill(~left, -1.0).argsort(1, descending=True).argsort(1)
+            settled = left & (rank < count)
+            known = torch.where(settled, likeliest, known)
+            left = left & ~settled
+        return known
+
+
+def _share(count: Tensor, done: int, rounds: int) -> Tensor:
+    """``count * done / rounds``, rounded up."""
+    return (count * done + rounds - 1) // rounds

@@ -239,6 +239,10 @@ class MRFLossConfig:
         steps, exit_step: rounds of the generator, and the one after which the field takes over.
         exit_spread: it learns to take over so many rounds earlier and later as well.
         captions: number of captions that the generator draws for it.
+        reveal: whether a share of the tokens that are to be found, any, is shown to it: for a field
+            that settles them in several rounds.
+        candidates: tokens that are kept of what the generator draws from, at every position; those
+            less likely count as impossible.
     """
 
     vqgan: str = "embedded"
@@ -249,11 +253,13 @@ class MRFLossConfig:
     exit_step: int = 12
     exit_spread: int = 0
     captions: int = 512
+    reveal: bool = False
+    candidates: int = 8
 
     def __post_init__(self) -> None:
         check_numbers(
             self, "loss.", mask_share="(0, 1)", steps="[2, 4096]", exit_step="[1, 4095]",
-            exit_spread="[0, 4095]", captions="[1, 1e6]",
+            exit_spread="[0, 4095]", captions="[1, 1e6]", candidates="[2, 65536]",
         )  # fmt: skip
         if self.exit_step >= self.steps:
             raise ValueError(

@@ -7,6 +7,7 @@ after some rounds, to find the tokens that it ends with after all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,15 +29,20 @@ _AT_ONCE = 64  # captions that Muse draws together
 
 
 class _Left(NamedTuple):
-    """What Muse knows and does not know at an exit step, a row per caption and step."""
+    """What Muse knows and does not know at an exit step.
 
-    scores: Tensor  # [rows, n, V] bfloat16
-    known: Tensor  # [rows, n], negative where masked
-    final: Tensor  # [rows, n]
+    A row for each caption and step at which some masked token has more than one candidate: the
+    others have nothing to learn from.
+    """
+
+    scores: Tensor  # of the likeliest tokens, [rows, n, candidates] bfloat16
+    candidates: Tensor  # those tokens, int32
+    known: Tensor  # [rows, n] int32, negative where masked
+    final: Tensor  # [rows, n] int32
 
 
 class _Rows(Dataset[int]):
-    """Numbers of rows of `_Left`, which is not there yet when data loaders are made."""
+    """Numbers that choose rows of `_Left`, which are not there yet when data loaders are made."""
 
     def __init__(self, captions: list[str], exit_steps: int) -> None:
         self.captions = captions
@@ -55,9 +61,10 @@ class MRFTask(Task):
     With ``loss.muse``, they are those that Muse leaves masked at ``loss.exit_step`` or
     ``loss.exit_spread`` rounds from it, the unary scores are its own there, and the targets are the
     tokens that it draws in the rounds after: in expectation the KL divergence from its final
-    predictions, up to their entropy. Pictures of ``loss.captions`` are drawn before the first step,
-    in bfloat16 if ``run.mixed_precision`` says so. Without, they are a share of a real picture's
-    tokens, about which the unary scores say nothing.
+    predictions, up to their entropy. Only tokens with more than one candidate count; with
+    ``loss.reveal`` any share of them is known already. Pictures of ``loss.captions`` are drawn
+    before the first step, in bfloat16 if ``run.mixed_precision`` says so. Without, they are a share
+    of a real picture's tokens, about which the unary scores say nothing.
     """
 
     averaged = "mrf"
@@ -101,7 +108,7 @@ class MRFTask(Task):
             start = TokenMRF.from_pretrained(
                 loss.initialize_from, subfolder=part_of(loss.initialize_from, "mrf")
             )
-            if start.config != config.model:
+            if replace(start.config, rounds=config.model.rounds) != config.model:
                 raise ValueError(
                     f"train mrf: loss.initialize_from, {loss.initialize_from}, is {start.config}, "
                     f"expected {config.model}"
@@ -121,9 +128,9 @@ class MRFTask(Task):
         else:
             if self.left is None:
                 self.left = self._left_by_muse(trainer)
-            unary, known, target = (part[batch].to(trainer.device) for part in self.left)
-            unary = unary.float()
+            unary, known, target = self._left_rows(batch % len(self.left.final), trainer.device)
         wanted = (known < 0) & unary.gather(2, target[..., None])[..., 0].isfinite()
+        wanted &= (unary > -torch.inf).sum(-1) > 1
         target = target[wanted]
         q = self.modules["mrf"](unary, known)[wanted].float()
         loss = F.nll_loss(q.clamp_min(1e-9).log(), target)
@@ -140,6 +147,19 @@ class MRFTask(Task):
         unary = torch.zeros(*tokens.shape, self.config.model.vocab_size, device=tokens.device)
         return unary, tokens.masked_fill(masked, -1), tokens
 
+    def _left_rows(self, rows: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Unary scores, known tokens and all tokens of what Muse leaves."""
+        assert self.left is not None
+        scores, candidates, known, final = (part[rows].to(device) for part in self.left)
+        shape = (*known.shape, self.config.model.vocab_size)
+        unary = torch.full(shape, -torch.inf, device=device)
+        unary.scatter_(2, candidates.long(), scores.float())
+        if self.config.loss.reveal:
+            share = torch.rand(len(known), 1, device=device)
+            shown = torch.rand(known.shape, device=device) < share
+            known = torch.where(shown, final, known)
+        return unary, known.long(), final.long()
+
     @torch.no_grad()
     def _left_by_muse(self, trainer: Trainer) -> _Left:
         """Draws all captions, the same way whenever training is resumed."""
@@ -149,32 +169,46 @@ class MRFTask(Task):
         muse, text = self.pipeline.to(trainer.device).muse, self.pipeline.text_encoder
         if self.run.mixed_precision == "bf16":
             muse.bfloat16()  # with autocast every round would round all weights anew
-        scores: list[Tensor] = []
-        known: list[Tensor] = []
-        final: list[Tensor] = []
-
-        def keep(step: int, given: Tensor, tokens: Tensor) -> None:
-            if step + 1 in loss.exit_steps:
-                scores.append(given.bfloat16().cpu())
-                known.append(tokens.masked_fill(tokens == muse.config.mask_token, -1).cpu())
-
+        mask, most = muse.config.mask_token, min(loss.candidates, muse.config.vocab_size)
+        left: list[_Left] = []
         for first in range(0, len(captions), _AT_ONCE):
             trainer.report(f"drawing captions {first} of {len(captions)}")
             part = captions[first : first + _AT_ONCE]
             seeds = range(first, first + len(part))
+            seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+            def keep(
+                step: int,
+                given: Tensor,
+                tokens: Tensor,
+                seen: list[tuple[Tensor, Tensor, Tensor]] = seen,
+            ) -> None:
+                if step + 1 in loss.exit_steps:
+                    seen.append((*given.topk(most, -1), tokens.masked_fill(tokens == mask, -1)))
+
             prompts, negative = (
                 encoding._replace(embeddings=encoding.embeddings.to(muse.dtype))
                 for encoding in (text.encode(part), text.encode([""] * len(part)))
             )
-            tokens = muse.generate(
+            final = muse.generate(
                 prompts,
                 negative,
                 steps=loss.steps,
                 generators=[torch.Generator().manual_seed(s) for s in seeds],
                 on_scores=keep,
             )
-            final += [tokens.cpu()] * len(loss.exit_steps)
-        return _Left(torch.cat(scores), torch.cat(known), torch.cat(final))
+            for scores, candidates, known in seen:
+                choice = ((known < 0) & (scores[..., 1] > -torch.inf)).any(1)
+                rows = (scores.bfloat16(), candidates.int(), known.int(), final.int())
+                left.append(_Left(*(row[choice].cpu() for row in rows)))
+        result = _Left(*(torch.cat(parts) for parts in zip(*left, strict=True)))
+        if len(result.final) == 0:
+            raise ValueError(
+                f"train mrf: of {len(captions)} captions the generator leaves no choice after "
+                f"rounds {loss.exit_steps.start} to {loss.exit_steps.stop - 1}; exit earlier or "
+                "draw more"
+            )
+        return result
 
     def save_pretrained(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, TokenMRF)
