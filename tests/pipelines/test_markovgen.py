@@ -31,7 +31,7 @@ def test_rounds_before_the_exit_are_muses() -> None:
     result = short(
         "a red circle", seed=3, steps=8, on_step=lambda _, t: seen["short"].append(t.clone())
     )
-    assert len(seen["short"]) == markovgen_exit_step(8) == 5
+    assert len(seen["short"]) == markovgen_exit_step(8) == 4
     for a, b in zip(seen["muse"], seen["short"], strict=False):
         assert torch.equal(a, b)
     kept = seen["short"][-1] != 16
@@ -42,7 +42,7 @@ def test_rounds_before_the_exit_are_muses() -> None:
 
 def test_a_fresh_field_is_an_early_exit_and_a_trained_one_is_not() -> None:
     fresh = TokenMRF(TokenMRFConfig(vocab_size=16, token_grid=4))
-    early = make_pipeline()(["a red circle"] * 3, seed=3, steps=8, exit_step=5)
+    early = make_pipeline()(["a red circle"] * 3, seed=3, steps=8, exit_step=4)
     same = markovgen(fresh)(["a red circle"] * 3, seed=3, steps=8)
     assert torch.equal(early.tokens, same.tokens)
     other = markovgen(make_mrf())(["a red circle"] * 3, seed=3, steps=8)
@@ -53,7 +53,7 @@ def test_all_rounds_leave_nothing_to_the_field() -> None:
     muse = make_pipeline()("a red circle", seed=3, steps=4)
     assert torch.equal(markovgen(make_mrf())("a red circle", seed=3, steps=4, exit_step=4).tokens,
                        muse.tokens)  # fmt: skip
-    assert [markovgen_exit_step(s) for s in (1, 2, 8, 32)] == [1, 1, 5, 20]
+    assert [markovgen_exit_step(s) for s in (1, 2, 8, 32)] == [1, 1, 4, 18]
 
 
 def test_second_stage_ends_with_its_own_field(tmp_path: Path) -> None:
