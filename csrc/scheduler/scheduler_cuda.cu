@@ -20,6 +20,8 @@ namespace t2p::scheduler {
 namespace {
 
 constexpr int kThreads = 256, kPrepareThreads = 512, kGroup = 4, kWarp = 32;
+// Of step_kernel on a multiprocessor: of more, some would keep registers in memory.
+constexpr int kStepBlocks = 3;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kDigits = 256;  // of the radix selection
 constexpr unsigned kInfinityBits = 0x7f800000u;
@@ -65,13 +67,11 @@ __device__ const float* row_of(const Step& step, int64_t b) {
   return row >= 0 && row < step.rows ? step.coefficients + row * kColumns : nullptr;
 }
 
-__device__ Group<float> draw(const Step& step, int64_t b, int64_t group) {
+// The words that the noise of a group is made of.
+__device__ philox::Words draw(const Step& step, int64_t b, int64_t group) {
   const uint64_t seed = step.seeds ? static_cast<uint64_t>(step.seeds[b]) : step.seed;
   const uint64_t index = (step.seeds ? 0 : static_cast<uint64_t>(b) << 32) + group;
-  const philox::Words words = philox::words(seed, step.offset, index);
-  Group<float> numbers;
-  for (int i = 0; i < kGroup; ++i) numbers.v[i] = normal::of_word(words.v[i]);
-  return numbers;
+  return philox::words(seed, step.offset, index);
 }
 
 __device__ float guided(float output, float uncond, float scale) {
@@ -79,7 +79,7 @@ __device__ float guided(float output, float uncond, float scale) {
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kStepBlocks)
     step_kernel(const Step step, const State* __restrict__ states) {
   const int64_t groups = (step.n + kGroup - 1) / kGroup;
   for (int64_t b = blockIdx.y; b < step.batch; b += gridDim.y) {
@@ -109,9 +109,11 @@ __global__ void __launch_bounds__(kThreads)
       if (step.history1.data) history1 = read<T, kAligned>(step.history1, b, first, count);
       if (step.history2.data) history2 = read<T, kAligned>(step.history2, b, first, count);
       if (step.source == Noise::kGiven) given = read<T, kAligned>(step.noise, b, first, count);
-      Group<float> noise{};
+      philox::Words words{};
+      bool drawn = false;
       if (step.source == Noise::kPhilox && (c[kPrevNoise] != 0 || c[kX0Noise] != 0)) {
-        noise = draw(step, b, g);
+        words = draw(step, b, g);
+        drawn = true;
       }
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
         if (step.uncond.data) {
           m = state.factor * guided(m, to_float(uncond.v[i]), step.guidance);
         }
-        float z = step.source == Noise::kGiven ? to_float(given.v[i]) : noise.v[i];
+        float z = drawn ? normal::of_word(words.v[i]) : to_float(given.v[i]);
         float of_shift = c[kPrevShift];
         if (step.variance.data) {
           const float log_variance =
@@ -295,9 +297,9 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const Step step, float*
   for (int64_t b = blockIdx.y; b < step.batch; b += gridDim.y) {
     for (int64_t g = blockIdx.x * int64_t{kThreads} + threadIdx.x; g < groups;
          g += int64_t{gridDim.x} * kThreads) {
-      const Group<float> noise = draw(step, b, g);
+      const philox::Words words = draw(step, b, g);
       for (int i = 0; i < kGroup; ++i) {
-        if (g * kGroup + i < step.n) out[b * step.n + g * kGroup + i] = noise.v[i];
+        if (g * kGroup + i < step.n) out[b * step.n + g * kGroup + i] = normal::of_word(words.v[i]);
       }
     }
   }
