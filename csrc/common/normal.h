@@ -13,10 +13,6 @@
 
 #include <cstdint>
 
-#if !defined(__CUDACC__)
-#include "common/isa.h"
-#endif
-
 #include "common/philox.h"
 
 namespace t2p::normal {

@@ -105,7 +105,7 @@ void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_
       for (std::int64_t c = 0; c < width; c += kLanes) store(to + c, broadcast(0.0f));
       continue;
     }
-    if (ahead > 0) prefetch_row(rows, at + ahead * step, channels);
+    prefetch_row(rows, at + ahead * step, channels);
     for (std::int64_t c = 0; c < whole; c += kLanes) {
       store(to + c, mapped<feature>(vector_at<format>(data, at + c)));
     }
@@ -120,8 +120,8 @@ void read_as(const Rows& rows, const Head& head, std::int64_t begin, std::int64_
 }
 
 // Reads phi of the rows [begin, begin + count) into `height` rows of padded(channels) floats; the
-// rest, and rows that the mask leaves out, are zeros. The rows `ahead` further on, if it is not 0,
-// are asked for: the memory is read while this tile is computed with.
+// rest, and rows that the mask leaves out, are zeros. The rows `ahead` further on are asked
+// for: the memory is read while this tile is computed with.
 using Read = void (*)(const Rows& rows, const Head& head, std::int64_t begin, std::int64_t count,
                       std::int64_t height, std::int64_t channels, const std::uint8_t* mask,
                       std::int64_t ahead, float* to);
