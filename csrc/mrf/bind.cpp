@@ -2,9 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
-
-#include "bindings/tensor_view.h"
+#include "mrf/arguments.h"
 #include "mrf/mrf.h"
 #include "mrf/mrf_window.h"
 
@@ -12,60 +10,6 @@ namespace py = pybind11;
 
 namespace t2p::mrf {
 namespace {
-
-using Optional = std::optional<TensorView>;
-
-void check_array(const char* op, const char* name, const TensorView& tensor, std::int64_t count) {
-  check_contiguous(op, name, tensor);
-  T2P_CHECK(tensor.count() == count, op, ": ", name, " must have ", count,
-            " elements, got a shape of ", tensor.shape_text());
-}
-
-float* floats(const char* op, const char* name, const TensorView& tensor, std::int64_t count) {
-  check_float32(op, name, tensor);
-  check_array(op, name, tensor, count);
-  return tensor.data<float>();
-}
-
-std::int64_t* integers(const char* op, const char* name, const TensorView& tensor,
-                       std::int64_t count) {
-  check_int64(op, name, tensor);
-  check_array(op, name, tensor, count);
-  return tensor.data<std::int64_t>();
-}
-
-MutableValues values(const char* op, const char* name, const TensorView& tensor,
-                     std::int64_t count) {
-  T2P_CHECK_TYPE(tensor.is_float32() || tensor.is_bfloat16(), op, ": ", name,
-                 " must be float32 or bfloat16, got ", tensor.dtype_text());
-  check_array(op, name, tensor, count);
-  return {tensor.data<void>(), tensor.is_float32() ? Format::kF32 : Format::kBf16};
-}
-
-Values values_or_null(const char* op, const char* name, const Optional& tensor,
-                      std::int64_t count) {
-  if (!tensor) return {nullptr, Format::kF32};
-  const MutableValues found = values(op, name, *tensor, count);
-  return {found.data, found.format};
-}
-
-// `node` comes from Python, which made it: every entry is in [0, n).
-Edges edges_of(const char* op, const TensorView& begin, const TensorView& node,
-               const TensorView& weight) {
-  const std::int64_t e = node.count();
-  return {integers(op, "begin", begin, begin.count()), integers(op, "node", node, e),
-          floats(op, "weight", weight, e)};
-}
-
-Positions positions_of(const char* op, const TensorView& begin, const TensorView& slot,
-                       const TensorView& row) {
-  const std::int64_t n = begin.count() - 1;
-  return {.slot = integers(op, "slot", slot, slot.count()),
-          .row = integers(op, "row", row, row.count()),
-          .b = n > 0 ? slot.count() / n : 0,
-          .n = n,
-          .r = row.count()};
-}
 
 std::int64_t update(const Optional& message, const TensorView& unary, const Optional& previous,
                     double scale, double damping, double temperature, const TensorView& next,
@@ -91,30 +35,57 @@ std::int64_t update(const Optional& message, const TensorView& unary, const Opti
 std::int64_t low_rank_step(const TensorView& begin, const TensorView& node,
                            const TensorView& weight, const TensorView& unary, const TensorView& row,
                            const Optional& words, const TensorView& a, const TensorView& b,
+                           const Optional& candidate, const Optional& candidates,
                            double temperature, const Optional& said, const Optional& q,
-                           const Optional& labels, int threads) {
+                           const Optional& sure, const Optional& labels, int threads) {
   constexpr const char* kOp = "mrf_mean_field";
-  T2P_CHECK(a.ndim() == 2 && unary.ndim() == 2 && unary.size(1) == a.size(1), kOp,
-            ": unary must be [., v] and a [k, v], got ", unary.shape_text(), " and ",
-            a.shape_text());
-  const std::int64_t r = row.count(), rows = unary.size(0), v = unary.size(1), k = a.size(0);
-  T2P_CHECK(v > 0 && k <= kMostRank, kOp, ": a must have at most ", kMostRank, " rows, got ", k);
-  const LowRankStep step{.unary = floats(kOp, "unary", unary, rows * v),
-                         .row = integers(kOp, "row", row, r),
-                         .words = words ? floats(kOp, "words", *words, rows * k) : nullptr,
-                         .edges = edges_of(kOp, begin, node, weight),
-                         .a = floats(kOp, "a", a, k * v),
-                         .b = floats(kOp, "b", b, k * v),
-                         .r = r,
-                         .n = begin.count() - 1,
-                         .v = v,
-                         .k = k,
-                         .temperature = static_cast<float>(temperature)};
-  float* to = said ? floats(kOp, "said", *said, rows * k) : nullptr;
-  float* out = q ? floats(kOp, "q", *q, rows * v) : nullptr;
-  std::int64_t* found = labels ? integers(kOp, "labels", *labels, rows) : nullptr;
+  const int of_labels = candidate ? 0 : 1;
+  T2P_CHECK(a.ndim() == 2 && unary.ndim() == 2 && unary.size(1) == a.size(of_labels), kOp,
+            ": unary must be [., v] and a [k, v], or with candidates [v, k], got ",
+            unary.shape_text(), " and ", a.shape_text());
+  const std::int64_t r = row.count(), rows = unary.size(0), v = unary.size(1);
+  const std::int64_t k = a.size(1 - of_labels), most = candidate && r ? candidate->count() / r : 0;
+  T2P_CHECK(v > 0 && k <= kMostRank, kOp, ": a must have at most ", kMostRank, " numbers a label, ",
+            "got ", k);
+  T2P_CHECK(candidate.has_value() == candidates.has_value(), kOp,
+            ": candidate and candidates must be given together");
+  const LowRankStep step{
+      .unary = floats(kOp, "unary", unary, rows * v),
+      .row = integers(kOp, "row", row, r),
+      .words = words ? floats(kOp, "words", *words, rows * k) : nullptr,
+      .edges = edges_of(kOp, begin, node, weight),
+      .a = floats(kOp, "a", a, k * v),
+      .b = floats(kOp, "b", b, k * v),
+      .candidate = candidate ? integers(kOp, "candidate", *candidate, r * most) : nullptr,
+      .candidates = candidates ? integers(kOp, "candidates", *candidates, r) : nullptr,
+      .most = most,
+      .r = r,
+      .n = begin.count() - 1,
+      .v = v,
+      .k = k,
+      .temperature = static_cast<float>(temperature)};
+  const LowRankResult result{.said = said ? floats(kOp, "said", *said, rows * k) : nullptr,
+                             .q = q ? floats(kOp, "q", *q, rows * v) : nullptr,
+                             .sure = sure ? floats(kOp, "sure", *sure, rows) : nullptr,
+                             .labels = labels ? integers(kOp, "labels", *labels, rows) : nullptr};
   py::gil_scoped_release nogil;
-  return low_rank_step_cpu(step, threads, to, out, found);
+  return low_rank_step_cpu(step, threads, result);
+}
+
+bool find_candidates(const TensorView& unary, const TensorView& row, const TensorView& candidate,
+                     const TensorView& candidates, int threads) {
+  constexpr const char* kOp = "mrf_mean_field";
+  const std::int64_t r = row.count();
+  T2P_CHECK(unary.ndim() == 2 && candidate.ndim() == 2, kOp,
+            ": unary must be [., v] and candidate [r, most], got ", unary.shape_text(), " and ",
+            candidate.shape_text());
+  const std::int64_t v = unary.size(1), most = candidate.size(1);
+  const float* scores = floats(kOp, "unary", unary, unary.count());
+  const std::int64_t* rows = integers(kOp, "row", row, r);
+  std::int64_t* labels = integers(kOp, "candidate", candidate, r * most);
+  std::int64_t* counts = integers(kOp, "candidates", candidates, r);
+  py::gil_scoped_release nogil;
+  return find_candidates_cpu(scores, rows, r, v, most, threads, labels, counts);
 }
 
 void message(const TensorView& begin, const TensorView& node, const TensorView& weight,
@@ -361,8 +332,11 @@ void bind(py::module_& m) {
         py::arg("temperature"), py::arg("next"), py::arg("threads"));
   m.def("mrf_low_rank_step", &low_rank_step, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("unary"), py::arg("row"), py::arg("words").none(true), py::arg("a"), py::arg("b"),
-        py::arg("temperature"), py::arg("said").none(true), py::arg("q").none(true),
+        py::arg("candidate").none(true), py::arg("candidates").none(true), py::arg("temperature"),
+        py::arg("said").none(true), py::arg("q").none(true), py::arg("sure").none(true),
         py::arg("labels").none(true), py::arg("threads"));
+  m.def("mrf_find_candidates", &find_candidates, py::arg("unary"), py::arg("row"),
+        py::arg("candidate"), py::arg("candidates"), py::arg("threads"));
   m.def("mrf_message", &message, py::arg("begin"), py::arg("node"), py::arg("weight"),
         py::arg("slot"), py::arg("row"), py::arg("q"), py::arg("message"), py::arg("threads"));
   m.def("mrf_label_parts", &label_parts, py::arg("unary"), py::arg("w_c"));

@@ -52,7 +52,12 @@ struct Kernels {
   // low_rank_step_cpu for the rows [first, first + count), at most kLowRankRows. The first whose
   // maximum is not finite, or -1. `scratch` has kLowRankRows times v floats and a vector.
   std::int64_t (*low_rank_rows)(const LowRankStep& step, std::int64_t first, std::int64_t count,
-                                float* scratch, float* said, float* q, std::int64_t* labels);
+                                float* scratch, const LowRankResult& result);
+
+  // The labels of v scores above -inf, in order; how many, or 0 if there are more than `most`, or a
+  // NaN or an infinity among them.
+  std::int64_t (*find_candidates)(const float* unary, std::int64_t v, std::int64_t most,
+                                  std::int64_t* candidate);
 
   // message_cpu for one row, into v floats.
   void (*gather)(const Edges& edges, const Positions& positions, Values q, std::int64_t row,

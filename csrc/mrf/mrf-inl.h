@@ -6,7 +6,9 @@
 #include "common/simd.h"
 #include "mrf/kernels.h"
 #include "mrf/mrf_belief-inl.h"
+#include "mrf/mrf_candidates-inl.h"
 #include "mrf/mrf_low_rank-inl.h"
+#include "mrf/mrf_softmax-inl.h"
 #include "mrf/mrf_window-inl.h"
 #if defined(__AVX512BF16__)
 #include "mrf/mrf_product-inl.h"
@@ -190,23 +192,6 @@ float combine(Values values, const float* unary, std::int64_t v, float scale, fl
   return finite ? largest : __builtin_nanf("");
 }
 
-// Replaces x by exp(x - largest) and adds up.
-double exponentials_of(float* scratch, std::int64_t v, float largest) {
-  const F32 offset = broadcast(largest);
-  double total = 0;
-  constexpr std::int64_t kBlock = 64 * kLanes;  // so that long rows lose no precision
-  for (std::int64_t begin = 0; begin < v; begin += kBlock) {
-    F32 sum = broadcast(0.0f);
-    for (std::int64_t a = begin; a < v && a < begin + kBlock; a += kLanes) {
-      const F32 e = exp_nonpositive<true>(sub(load(scratch + a), offset));
-      store(scratch + a, e);
-      sum = add(sum, e);
-    }
-    total += double{reduce_add(sum)};
-  }
-  return total;
-}
-
 // next = share scratch + damping previous.
 template <Format format>
 void spread(const float* scratch, Values before, std::int64_t v, float share, float damping,
@@ -252,7 +237,9 @@ bool update_row(Values message, const float* unary, Values previous, std::int64_
 }
 
 std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int64_t count,
-                           float* scratch, float* said, float* q, std::int64_t* labels) {
+                           float* scratch, const LowRankResult& result) {
+  if (step.candidate) return candidate_rows(step, first, count, scratch, result);
+  const auto& [said, q, sure, labels] = result;
   const std::int64_t stride = step.v + kLanes;
   const float* unary[kLowRankRows];
   float heard[kLowRankRows * kMostRank + kLanes], answer[kLowRankRows * kMostRank];
@@ -271,9 +258,10 @@ std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int
     if (labels != nullptr) {
       labels[step.row[first + r]] = finite ? first_of(scratch + r * stride, step.v, largest[r]) : 0;
     }
-    if (said == nullptr && q == nullptr) continue;
+    if (said == nullptr && q == nullptr && sure == nullptr) continue;
     const double total = exponentials_of(scratch + r * stride, step.v, largest[r]);
     share[r] = finite ? static_cast<float>(1.0 / total) : __builtin_nanf("");
+    if (sure != nullptr) sure[step.row[first + r]] = share[r];
     if (q == nullptr) continue;
     spread<Format::kF32>(scratch + r * stride, {nullptr, Format::kF32}, step.v, share[r], 0,
                          {q + step.row[first + r] * step.v, Format::kF32});
@@ -292,6 +280,7 @@ std::int64_t low_rank_rows(const LowRankStep& step, std::int64_t first, std::int
 
 const Kernels kKernels{.update_row = update_row,
                        .low_rank_rows = low_rank_rows,
+                       .find_candidates = find_candidates,
                        .gather = gather,
                        .strip = kStrip,
                        .gather_strip = gather_strip,

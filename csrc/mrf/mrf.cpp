@@ -73,8 +73,7 @@ std::int64_t update_cpu(Values message, const float* unary, Values previous, std
   return bad < r ? bad.load() : -1;
 }
 
-std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said, float* q,
-                               std::int64_t* labels) {
+std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, const LowRankResult& result) {
   const Kernels& kernels = T2P_DISPATCH(kKernels);
   std::atomic<std::int64_t> bad{step.r};
   parallel_for(threads, ceil_div(step.r, kLowRankRows), [&](std::int64_t task) {
@@ -82,9 +81,26 @@ std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, float* said
     scratch.reserve(kLowRankRows * (step.v + kMostLanes));
     const std::int64_t first = task * kLowRankRows;
     const std::int64_t count = std::min<std::int64_t>(kLowRankRows, step.r - first);
-    note(bad, kernels.low_rank_rows(step, first, count, scratch.data(), said, q, labels));
+    note(bad, kernels.low_rank_rows(step, first, count, scratch.data(), result));
   });
   return bad < step.r ? bad.load() : -1;
+}
+
+bool find_candidates_cpu(const float* unary, const std::int64_t* row, std::int64_t r,
+                         std::int64_t v, std::int64_t most, int threads, std::int64_t* candidate,
+                         std::int64_t* candidates) {
+  constexpr std::int64_t kTogether = 16;
+  const Kernels& kernels = T2P_DISPATCH(kKernels);
+  std::atomic<bool> few{true};
+  parallel_for(threads, ceil_div(r, kTogether), [&](std::int64_t task) {
+    for (std::int64_t i = task * kTogether; i < r && i < (task + 1) * kTogether && few; ++i) {
+      const std::int64_t count =
+          kernels.find_candidates(unary + row[i] * v, v, most, candidate + i * most);
+      candidates[i] = count;
+      if (count == 0) few = false;
+    }
+  });
+  return few;
 }
 
 void message_cpu(const Edges& edges, const Positions& positions, Values q, std::int64_t v,

@@ -61,16 +61,28 @@ struct LowRankStep {
   const std::int64_t* row;  // [r], the rows of `unary` and of all results that are meant
   const float* words;       // [b n, k], or null: 0
   Edges edges;              // W_s
-  const float* a;           // [k, v], A^T
-  const float* b;           // [k, v], B^T
-  std::int64_t r, n, v, k;
+  const float* a;           // [k, v], A^T; with candidates [v, k], A
+  const float* b;           // of the same shape, B^T or B
+  // What find_candidates_cpu found: [r, most] labels, and how many in a row; or null: all.
+  const std::int64_t *candidate, *candidates;
+  std::int64_t most, r, n, v, k;
   float temperature;
 };
+struct LowRankResult {
+  float* said;           // [b n, k], or null
+  float* q;              // [b n, v], or null
+  float* sure;           // [b n], the largest of q, or null
+  std::int64_t* labels;  // [b n], the likeliest, or null
+};
 // Returns the first of r rows whose maximum is not finite, and whose label is 0, or -1.
-std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads,
-                               float* said,            // [b n, k], or null
-                               float* q,               // [b n, v], or null
-                               std::int64_t* labels);  // [b n], the likeliest, or null
+std::int64_t low_rank_step_cpu(const LowRankStep& step, int threads, const LowRankResult& result);
+
+// The labels that scores of -inf do not rule out, in their order, if no row has none, or more than
+// `most`, or a NaN or an infinity.
+bool find_candidates_cpu(const float* unary, const std::int64_t* row, std::int64_t r,
+                         std::int64_t v, std::int64_t most, int threads,
+                         std::int64_t* candidate,    // [r, most]
+                         std::int64_t* candidates);  // [r], how many
 
 // message[row] = sum_e weight[e] q[node[e]], the spatial message of Algorithm 1, line 3.
 void message_cpu(const Edges& edges, const Positions& positions,

@@ -177,9 +177,12 @@ def mrf_low_rank_step(
     words: Tensor | None,
     a: Tensor,
     b: Tensor,
+    candidate: Tensor | None,
+    candidates: Tensor | None,
     temperature: float,
     said: Tensor | None,
     q: Tensor | None,
+    sure: Tensor | None,
     labels: Tensor | None,
     threads: int,
 ) -> int: ...
@@ -202,6 +205,9 @@ def mrf_has_mix() -> bool: ...
 def mrf_mix(
     weights: Tensor, q: Tensor, others: Tensor, labels: Tensor, message: Tensor, threads: int
 ) -> None: ...
+def mrf_find_candidates(
+    unary: Tensor, row: Tensor, candidate: Tensor, candidates: Tensor, threads: int
+) -> bool: ...
 def mrf_message(
     begin: Tensor,
     node: Tensor,

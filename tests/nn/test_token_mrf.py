@@ -35,6 +35,40 @@ def test_it_is_mean_field_with_its_weights(rank: int) -> None:
         torch.testing.assert_close(mrf(unary, known, told), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_candidates_are_as_if_all_else_were_ruled_out(rank: int) -> None:
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=40, token_grid=3, rank=rank, iterations=3))
+    torch.nn.init.normal_(mrf.w_c)
+    known = torch.full((2, 9), -1)
+    known[0, :4], known[1, 8] = 2, 35
+    candidates = torch.rand(2, 9, 40).topk(4).indices
+    scores = torch.randn(2, 9, 4)
+    scores[:, ::2, 3] = -torch.inf
+    scores[0, 0] = torch.nan  # known, so that it may be anything
+    full = torch.full((2, 9, 40), -torch.inf).scatter(2, candidates, scores)
+    wanted, weights = known < 0, torch.randn(2, 9, 4)
+    results = []
+    for alone in (True, False):
+        unary = (scores if alone else full).clone().requires_grad_()
+        q = (
+            mrf(unary, known, candidates=candidates)
+            if alone
+            else mrf(unary, known).gather(2, candidates)
+        )
+        gradients = torch.autograd.grad((q * weights)[wanted].sum(), [unary, *mrf.parameters()])
+        of_scores = gradients[0] if alone else gradients[0].gather(2, candidates)
+        results.append([q[wanted].float(), of_scores[wanted], *gradients[1:]])
+    torch.testing.assert_close(*results, atol=2e-6, rtol=1e-5)
+
+
+def test_candidates_need_what_is_known() -> None:
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=7, token_grid=2))
+    scores, candidates = torch.zeros(1, 4, 2), torch.zeros(1, 4, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"candidates is \[1, 4, 3\] and known None, expected"):
+        mrf(scores, candidates=candidates)
+
+
 def test_finish_keeps_what_is_known() -> None:
     torch.manual_seed(0)
     mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3))
@@ -66,14 +100,18 @@ def test_it_learns_which_tokens_stand_together() -> None:
     assert (mrf.finish(torch.zeros(64, 16, 6), tokens) == rows).float().mean() > 0.98
 
 
-def test_rounds_settle_what_one_inference_cannot() -> None:
+@pytest.mark.parametrize("rank", [0, 2])
+def test_rounds_settle_what_one_inference_cannot(rank: int) -> None:
     """An object at one of two places, each of which is as likely to be empty as the other."""
     empty, thing = 0, 1
-    config = TokenMRFConfig(vocab_size=3, token_grid=2)
+    config = TokenMRFConfig(vocab_size=3, token_grid=2, rank=rank)
     mrf = TokenMRF(config)
     with torch.no_grad():
         mrf.w_s.copy_(torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
-        mrf.w_c.copy_(torch.tensor([[-6.0, 6, 0], [6, -6, 0], [0, 0, 0]]))
+        w_c = torch.tensor([[-6.0, 6, 0], [6, -6, 0], [0, 0, 0]])
+        mrf.w_c.copy_(w_c if rank == 0 else w_c[:, :2])
+        if mrf.w_b is not None:
+            mrf.w_b.copy_(torch.eye(3, 2))
     scores = torch.zeros(1, 4, 3)
     scores[..., 2] = -torch.inf
     scores[:, 2:, thing] = -torch.inf  # no choice there
@@ -82,7 +120,7 @@ def test_rounds_settle_what_one_inference_cannot() -> None:
     masked = torch.full((1, 4), 3)
     alone = mrf.finish(scores, masked)[0]
     assert alone[0] == alone[1]
-    settling = TokenMRF(TokenMRFConfig(vocab_size=3, token_grid=2, rounds=2))
+    settling = TokenMRF(TokenMRFConfig(vocab_size=3, token_grid=2, rank=rank, rounds=2))
     settling.load_state_dict(mrf.state_dict())
     for unknown in (None, 4):
         full = settling.finish(scores, masked, unknown)

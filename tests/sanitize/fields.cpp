@@ -63,8 +63,16 @@ void mrf(std::int64_t n, std::int64_t v, float temperature) {
                                     .v = v,
                                     .k = 5,
                                     .temperature = temperature + 1};
-    std::vector<std::int64_t> likeliest(full.size() / v);
-    t2p::mrf::low_rank_step_cpu(low, threads, said.data(), full.data(), likeliest.data());
+    std::vector<std::int64_t> likeliest(full.size() / v), candidate(r * v), candidates(r);
+    std::vector<float> sure(full.size() / v);
+    const t2p::mrf::LowRankResult result{said.data(), full.data(), sure.data(), likeliest.data()};
+    require(t2p::mrf::find_candidates_cpu(unary.data(), row.data(), r, v, v, threads,
+                                          candidate.data(), candidates.data()),
+            "no label is ruled out");
+    t2p::mrf::LowRankStep few = low;
+    few.candidate = candidate.data(), few.candidates = candidates.data(), few.most = v;
+    t2p::mrf::low_rank_step_cpu(few, threads, result);
+    t2p::mrf::low_rank_step_cpu(low, threads, result);
     if (threads == 1) first_said = said;
     require(first_said == said, "the same words for any number of threads");
     for (const bool known_factors : {false, true}) {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2p_fast.checkpoints import PretrainedModel, check_numbers
@@ -80,7 +81,11 @@ class TokenMRF(PretrainedModel):
             nn.init.normal_(self.w_b)
 
     def forward(
-        self, unary: Tensor, known: Tensor | None = None, unknown: int | None = None
+        self,
+        unary: Tensor,
+        known: Tensor | None = None,
+        unknown: int | None = None,
+        candidates: Tensor | None = None,
     ) -> Tensor:
         """Probabilities of the tokens.
 
@@ -88,13 +93,47 @@ class TokenMRF(PretrainedModel):
             unary: ``[b, n, V]``, scores of a generator.
             known: ``[b, n]`` int64, tokens that stay, negative where they are to be found.
             unknown: how many those are in a picture, at most: nothing on CUDA waits to find out.
+            candidates: ``[b, n, k]`` int64: `unary`, ``[b, n, k]`` then, has the scores of these
+                tokens alone, and all others are impossible. Exact, and costs `k` tokens a position
+                instead of ``V``, in memory too, forward and backward: for training on what a
+                generator may draw. It needs `known`.
 
         Returns:
-            ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`.
+            ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`. With
+            `candidates` ``[b, n, k]`` float32, without meaning where known.
         """
+        if candidates is not None:
+            return self._among(unary, candidates, known)
         return mrf_mean_field(
             unary, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
         )
+
+    def _among(self, scores: Tensor, candidates: Tensor, known: Tensor | None) -> Tensor:
+        b, n, k = scores.shape
+        if candidates.shape != (b, n, k) or known is None or known.shape != (b, n):
+            got = None if known is None else list(known.shape)
+            raise ValueError(
+                f"TokenMRF: candidates is {list(candidates.shape)} and known {got}, expected "
+                f"{[b, n, k]} as unary, and {[b, n]}"
+            )
+        with torch.autocast(scores.device.type, enabled=False):
+            w_s, heard = self.w_s.float(), self.w_c.float()
+            spoken = heard.t() if self.w_b is None else self.w_b.float()
+            unknown = (known < 0)[..., None]
+            scores = torch.where(unknown, scores.float(), 0.0)
+            said_by_known, chosen = spoken[known.clamp_min(0)], candidates.view(b * n, k)
+            q = scores.softmax(-1)
+            for _ in range(self.config.iterations):
+                said = F.embedding_bag(
+                    chosen, spoken, mode="sum", per_sample_weights=q.view(b * n, k)
+                )
+                mixed = w_s @ torch.where(unknown, said.view(b, n, -1), said_by_known)
+                if self.w_b is None:
+                    message = mixed.gather(2, candidates)
+                else:
+                    message = (heard[candidates] @ mixed[..., None])[..., 0]
+                q = (scores + message).softmax(-1)
+        return q
 
     def _labels(self) -> Tensor | LowRank:
         return self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
@@ -118,9 +157,7 @@ class TokenMRF(PretrainedModel):
     def finish(self, scores: Tensor, tokens: Tensor, unknown: int | None = None) -> Tensor:
         """Fills in what is masked with the likeliest tokens, in ``config.rounds`` inferences.
 
-        After each but the last an equal share of the tokens about which there is a choice, the
-        surest, stay as they are likeliest (as MaskGIT's decoding does, H. Chang et al., CVPR 2022,
-        with a field in place of the transformer).
+        See :func:`t2p_fast.ops.mrf_likeliest`.
 
         Args:
             scores: ``[b, n, V]``, of the generator's last round; -inf is never chosen.
@@ -131,33 +168,7 @@ class TokenMRF(PretrainedModel):
             Tokens ``[b, n]``.
         """
         known = tokens.masked_fill(tokens == self.config.vocab_size, -1)
-        if self.config.rounds > 1:
-            known = self._settle(scores, known, unknown)
         return mrf_likeliest(
-            scores, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
-        )
-
-    def _settle(self, scores: Tensor, known: Tensor, unknown: int | None) -> Tensor:
-        """Known tokens after all rounds but the last."""
-        rounds = self.config.rounds
-        left = (known < 0) & (scores.isfinite().sum(-1) > 1)
-        undecided = left.any(1)
-        if not scores.is_cuda and not undecided.all():  # a GPU would have to wait to know
-            known = known.clone()
-            if undecided.any():
-                known[undecided] = self._settle(scores[undecided], known[undecided], unknown)
-            return known
-        chosen = left.sum(1, keepdim=True)
-        for done in range(1, rounds):
-            sure, likeliest = self(scores, known, unknown).max(-1)
-            count = _share(chosen, done, rounds) - _share(chosen, done - 1, rounds)
-            rank = sure.masked_fill(~left, -1.0).argsort(1, descending=True).argsort(1)
-            settled = left & (rank < count)
-            known = torch.where(settled, likeliest, known)
-            left = left & ~settled
-        return known
-
-
-def _share(count: Tensor, done: int, rounds: int) -> Tensor:
-    """``count * done / rounds``, rounded up."""
-    return (count * done + rounds - 1) // rounds
+            scores, self.w_s, self._labels(), known=known, unknown=unknown,
+            rounds=self.config.rounds, **self._options(),
+        )  # fmt: skip

@@ -20,7 +20,6 @@ from t2p_fast.ops.mrf_graph import (
     LabelWeights,
     LowRank,
     PairWeights,
-    all_edges,
     bad_unary,
     check_floats,
     check_labels,
@@ -34,7 +33,9 @@ from t2p_fast.ops.mrf_graph import (
     grid_edges,
     window_edges,
 )
+from t2p_fast.ops.mrf_low_rank import LowRankField
 from t2p_fast.ops.mrf_pictures import Pictures
+from t2p_fast.ops.mrf_rounds import settle
 from t2p_fast.ops.mrf_tensor_cores import LabelStep
 from t2p_fast.ops.mrf_window import plain_window_mean_field, window_mean_field
 
@@ -44,54 +45,12 @@ __all__ = ["mrf_energy", "mrf_likeliest", "mrf_mean_field", "mrf_pack"]
 # Mean field: the kernels, for CPU and CUDA tensors, beside their fake -----------------------------
 
 
-_MOST_RANK = 256  # that the kernel for label weights of low rank takes
 # Elsewhere products of bfloat16 on a CPU take several times as long as those of float32.
 _HAS_BFLOAT16: bool = getattr(
     torch.cpu,
     "_is_avx512_bf16_supported",
     lambda: _C.build_info()["isa"] in ("avx512_bf16", "amx"),
 )()
-
-
-def _low_rank(
-    unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
-    w_c: Tensor, w_b: Tensor, known: Tensor | None, iterations: int, temperature: float,
-    labels_alone: bool,
-) -> Tensor:  # fmt: skip
-    """Mean field with ``W_c = a b^T`` on a CPU: what positions say to each other is ``q b``.
-
-    ``W_s q (a b^T)^T = (W_s (q b)) a^T``, so that mixing costs as much as the rank has numbers,
-    and no message as long as a row is ever made. `labels_alone` returns the likeliest labels, for
-    which the last iteration needs no exponentials.
-    """
-    b, n, v = unary.shape
-    scores, threads = unary.float().contiguous().view(-1, v), torch.get_num_threads()
-    first, second = w_c.float().t().contiguous(), w_b.float().t().contiguous()
-    edges, matrix = _local_or_dense(w_s.float(), begin, node, height, width, n)
-    if matrix is not None:
-        edges = all_edges(matrix)
-    assert edges is not None  # there is one or the other
-    q = None if labels_alone else empty_like(scores)
-    labels = torch.empty(b * n, dtype=torch.int64) if known is None else known.flatten().clone()
-    words, fresh = (torch.empty(b * n, first.shape[0]) for _ in range(2))
-    row = torch.arange(b * n)
-    if known is not None:
-        row, fixed = ((labels < 0).nonzero()[:, 0], (labels >= 0).nonzero()[:, 0])
-        fresh[fixed] = words[fixed] = second.t()[labels[fixed]]
-        if q is not None:
-            q.index_fill_(0, fixed, 0.0)
-            q[fixed, labels[fixed]] = 1
-    for step in range(iterations + 1):
-        last = step == iterations
-        bad = _C.mrf_low_rank_step(
-            *edges, scores, row, words if step else None, first, second, temperature,
-            None if last else fresh, q if last else None,
-            labels if last and labels_alone else None, threads,
-        )  # fmt: skip
-        if bad >= 0 and step == 0:
-            raise bad_unary(int(row[bad]) % n)
-        words, fresh = fresh, words
-    return labels.view(b, n) if q is None else q.view(b, n, v).to(unary.dtype)
 
 
 def _mean_field(
@@ -112,11 +71,10 @@ def _mean_field(
     unknown: int | None = None,
 ) -> Tensor:
     check_unknown(known, unknown)
-    if w_b is not None and _has_kernel(unary, w_c, damping):
+    if w_b is not None and LowRankField.fits(unary, w_c, damping):
         check_labels_known(known, unary.shape[2])
-        return _low_rank(
-            unary, w_s, begin, node, height, width, w_c, w_b, known, iterations, temperature, False
-        )
+        pairs = _local_or_dense(w_s.float(), begin, node, height, width, unary.shape[1])
+        return LowRankField(unary, *pairs, w_c, w_b, known, temperature).mean_field(iterations)
     potts, scale = w_c.ndim == 0, 1.0
     if potts and unary.is_cuda:  # the number stays there, with the weights of pairs
         w_s = w_s.float() * w_c.float()
@@ -224,24 +182,28 @@ def _local_or_dense(
     return None, dense_grid(w_s, height, width)
 
 
-def _has_kernel(unary: Tensor, w_c: Tensor, damping: float) -> bool:
-    """Whether label weights of low rank have one of their own."""
-    return w_c.shape[1] <= _MOST_RANK and damping == 0 and not unary.is_cuda
-
-
 def _likeliest(
     unary: Tensor, w_s: Tensor, begin: Tensor | None, node: Tensor | None, height: int, width: int,
     w_c: Tensor, w_b: Tensor | None, known: Tensor | None, iterations: int, damping: float,
     temperature: float, candidates: int, packed: Tensor | None = None, unknown: int | None = None,
+    rounds: int = 1,
 ) -> Tensor:  # fmt: skip
-    field = unary, w_s, begin, node, height, width, w_c
-    if w_b is not None and _has_kernel(unary, w_c, damping):
+    pairs = w_s, begin, node, height, width
+    if w_b is not None and LowRankField.fits(unary, w_c, damping):
         check_unknown(known, unknown)
         check_labels_known(known, unary.shape[2])
-        return _low_rank(*field, w_b, known, iterations, temperature, True)
-    options = iterations, damping, temperature, candidates, packed, unknown
-    q = _mean_field(*field, w_b, known, *options)
-    return q.argmax(-1)
+        edges = _local_or_dense(w_s.float(), *pairs[1:], unary.shape[1])
+        field = LowRankField(unary, *edges, w_c, w_b, known, temperature)
+        return field.likeliest(iterations, rounds)
+
+    def infer(unary: Tensor, known: Tensor | None) -> Tensor:
+        return _mean_field(
+            unary, *pairs, w_c, w_b, known, iterations, damping, temperature, candidates, packed,
+            unknown,
+        )  # fmt: skip
+
+    known = known if rounds == 1 else settle(infer, unary, known, rounds)
+    return infer(unary, known).argmax(-1)
 
 
 def _likeliest_fake(unary: Tensor, *_: object) -> Tensor:
@@ -255,15 +217,15 @@ def _mean_field_fake(unary: Tensor, *_: object) -> Tensor:
 _ARGUMENTS = (
     "(Tensor unary, Tensor w_s, Tensor? begin, Tensor? node, int height, int width, "
     "Tensor w_c, Tensor? w_b, Tensor? known, int iterations, float damping, float temperature, "
-    "int candidates, Tensor? packed=None, int? unknown=None) -> Tensor"
+    "int candidates, Tensor? packed=None, int? unknown=None"
 )
 _mrf_likeliest = define_op(
-    "mrf_likeliest" + _ARGUMENTS,
+    "mrf_likeliest" + _ARGUMENTS + ", int rounds=1) -> Tensor",
     cpu=_likeliest,
     fake=_likeliest_fake,
 )
 _mrf_mean_field = define_op(
-    "mrf_mean_field" + _ARGUMENTS,
+    "mrf_mean_field" + _ARGUMENTS + ") -> Tensor",
     cpu=_mean_field,
     fake=_mean_field_fake,
     setup_context=mean_field_setup_context,
@@ -358,13 +320,19 @@ def mrf_likeliest(
     candidates: int | None = None,
     packed: Tensor | None = None,
     unknown: int | None = None,
+    rounds: int = 1,
 ) -> Tensor:
     """The likeliest labels of `mrf_mean_field`, of equals the first: MarkovGen's last line.
 
     ``q.argmax(-1)``, and sooner for label weights of low rank on a CPU, where ``q`` is never made.
 
     Args:
-        As those of `mrf_mean_field`.
+        rounds: inferences. One finds every label as it is likeliest by itself; of two that exclude
+            each other it may take both or neither. After each but the last an equal share of the
+            labels of a picture about which there was a choice, the surest, become known (as in
+            MaskGIT's decoding, H. Chang et al., CVPR 2022, with a field in place of the
+            transformer).
+        The others as those of `mrf_mean_field`.
 
     Returns:
         ``[b, n]`` int64, the label of known positions among them. Not differentiable.
@@ -375,8 +343,10 @@ def mrf_likeliest(
     options = damping, temperature, candidates, packed, unknown
     given = unary, w_s, w_c, iterations, known, *options
     _check("mrf_likeliest", *given)
+    if rounds < 1:
+        raise ValueError(f"mrf_likeliest: rounds is {rounds}, expected at least 1")
     arguments = _arguments(*given)
-    labels: Tensor = _mrf_likeliest(*arguments)
+    labels: Tensor = _mrf_likeliest(*arguments, rounds)
     return labels
 
 

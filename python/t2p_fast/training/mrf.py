@@ -122,20 +122,24 @@ class MRFTask(Task):
         return to_tensor([s.image for s in samples])
 
     def step(self, batch: Any, step: int, trainer: Trainer) -> dict[str, Tensor]:  # noqa: ARG002
+        mrf = self.modules["mrf"]
         if self.pipeline is None:
             self.vqgan.to(trainer.device)
-            unary, known, target = self._masked_pictures(batch.to(trainer.device))
+            scores, known, target = self._masked_pictures(batch.to(trainer.device))
+            q = mrf(scores, known)
         else:
             if self.left is None:
                 self.left = self._left_by_muse(trainer)
-            unary, known, target = self._left_rows(batch % len(self.left.final), trainer.device)
-        wanted = (known < 0) & unary.gather(2, target[..., None])[..., 0].isfinite()
-        wanted &= (unary > -torch.inf).sum(-1) > 1
-        target = target[wanted]
-        q = self.modules["mrf"](unary, known)[wanted].float()
+            rows = batch % len(self.left.final)
+            scores, candidates, known, final = self._left_rows(rows, trainer.device)
+            q = mrf(scores, known, candidates=candidates)
+            found = (candidates == final[..., None]) & scores.isfinite()
+            target = torch.where(found.any(-1), found.int().argmax(-1), -1)
+        wanted = (known < 0) & (target >= 0) & (scores.isfinite().sum(-1) > 1)
+        q, target = q[wanted].float(), target[wanted]
         loss = F.nll_loss(q.clamp_min(1e-9).log(), target)
         trainer.optimize("mrf", loss)
-        alone = (unary[wanted].argmax(-1) == target).float().mean()
+        alone = (scores[wanted].argmax(-1) == target).float().mean()
         right = (q.argmax(-1) == target).float().mean()
         return {"loss": loss, "accuracy": right, "accuracy_alone": alone}
 
@@ -147,18 +151,16 @@ class MRFTask(Task):
         unary = torch.zeros(*tokens.shape, self.config.model.vocab_size, device=tokens.device)
         return unary, tokens.masked_fill(masked, -1), tokens
 
-    def _left_rows(self, rows: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Unary scores, known tokens and all tokens of what Muse leaves."""
+    def _left_rows(self, rows: Tensor, device: torch.device) -> _Left:
+        """What Muse leaves, of which a share is shown, in the types that the field takes."""
         assert self.left is not None
-        scores, candidates, known, final = (part[rows].to(device) for part in self.left)
-        shape = (*known.shape, self.config.model.vocab_size)
-        unary = torch.full(shape, -torch.inf, device=device)
-        unary.scatter_(2, candidates.long(), scores.float())
+        left = _Left(*(part[rows].to(device) for part in self.left))
+        known = left.known
         if self.config.loss.reveal:
             share = torch.rand(len(known), 1, device=device)
             shown = torch.rand(known.shape, device=device) < share
-            known = torch.where(shown, final, known)
-        return unary, known.long(), final.long()
+            known = torch.where(shown, left.final, known)
+        return _Left(left.scores.float(), left.candidates.long(), known.long(), left.final.long())
 
     @torch.no_grad()
     def _left_by_muse(self, trainer: Trainer) -> _Left:
