@@ -31,7 +31,8 @@ def mean_field_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     keep, t = ctx.damping, ctx.temperature
     free = None if known is None else (known < 0)[..., None]
     one_hot = None
-    if known is not None:
+    if known is not None and free is not None:
+        f = torch.where(free, f, 0)  # scores of known positions may be anything
         one_hot = torch.nn.functional.one_hot(known.clamp_min(0), f.shape[-1]).to(f.dtype)
 
     def clamped(q: Tensor) -> Tensor:
