@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "bindings/plain.h"
 #include "bindings/tensor_view.h"
@@ -188,6 +191,8 @@ Step checked(const TensorView& sample, const TensorView& output, const TensorVie
 }
 
 void run_on_cpu(const Step& s, int threads) {
+  constexpr std::int64_t kShort = 4096;  // elements that take less long than to let others run
+  if (s.batch * s.n <= kShort) return step_cpu(s, 1);
   py::gil_scoped_release nogil;
   step_cpu(s, threads);
 }
@@ -269,6 +274,70 @@ py::object plain_step(const py::tuple& arguments, py::object prev, py::object x0
   return py::make_tuple(std::move(prev), std::move(x0));
 }
 
+// The steps of one schedule and one choice of options, on plain CPU tensors with guidance at most:
+// all that does not change from step to step, so that little has to be looked up and converted.
+class Plan {
+ public:
+  // `rows` has for every timestep its row of the coefficients, or -1: not to be taken by a plan.
+  // Rows from `noisy` on draw noise.
+  Plan(const TensorView& timesteps, std::vector<std::int64_t> rows, py::object coefficients,
+       int bound, float limit, double ratio, bool learned, std::int64_t noisy)
+      : first_(timesteps.data<const std::int64_t>()),
+        rows_(std::move(rows)),
+        coefficients_(std::move(coefficients)),
+        bound_(bound),
+        limit_(limit),
+        ratio_(ratio),
+        learned_(learned),
+        noisy_(noisy) {
+    check_int64(kOp, "timesteps", timesteps);
+    check_contiguous(kOp, "timesteps", timesteps);
+    T2P_CHECK(timesteps.count() == static_cast<std::int64_t>(rows_.size()), kOp, ": there are ",
+              rows_.size(), " rows for timesteps of shape ", timesteps.shape_text());
+  }
+
+  // prev and x0; or None, where anything is not as planned and nothing has been done.
+  py::object step(py::handle sample, py::handle output, py::handle timestep, py::handle uncond,
+                  py::handle guidance, py::handle rescale, int threads) const {
+    if (!is_plain({{sample, output, uncond}})) return py::none();
+    if (Py_TYPE(timestep.ptr()) != Py_TYPE(sample.ptr())) return py::none();
+    try {
+      const TensorView x(sample);
+      const std::int64_t row = row_of(TensorView(timestep));
+      if (row < 0 || x.on_cuda()) return py::none();
+      const std::int64_t bytes = x.count() * bytes_of(dtype_of("sample", x));
+      py::object prev = empty_like(sample, bytes), x0 = empty_like(sample, bytes);
+      Step s =
+          checked(x, TensorView(output), TensorView(coefficients_), {}, row, view_of(uncond),
+                  guidance.cast<float>(), rescale.cast<float>(), bound_, limit_, ratio_, learned_,
+                  {}, {}, {}, {}, row >= noisy_, {}, 0, 0, TensorView(prev), TensorView(x0));
+      if (row >= noisy_) s.seed = draw_seed();
+      run_on_cpu(s, threads);
+      return py::make_tuple(std::move(prev), std::move(x0));
+    } catch (const std::invalid_argument&) {
+    } catch (const py::cast_error&) {
+    }
+    return py::none();
+  }
+
+ private:
+  // That of one of the timesteps, known by its address: it is not read.
+  std::int64_t row_of(const TensorView& timestep) const {
+    const auto* at = timestep.data<const std::int64_t>();
+    const bool inside = at >= first_ && at < first_ + rows_.size();
+    return inside && timestep.count() == 1 ? rows_[at - first_] : -1;
+  }
+
+  const std::int64_t* first_;
+  std::vector<std::int64_t> rows_;
+  py::object coefficients_;
+  int bound_;
+  float limit_;
+  double ratio_;
+  bool learned_;
+  std::int64_t noisy_;
+};
+
 void noise(const TensorView& out, const std::optional<TensorView>& seeds, std::uint64_t seed,
            std::uint64_t offset, int threads) {
   check_float32("scheduler_noise", "out", out);
@@ -309,6 +378,13 @@ void bind(py::module_& m) {
         py::arg("threads"));
   m.def("scheduler_plain_step", &plain_step, py::arg("arguments"), py::arg("prev"), py::arg("x0"),
         py::arg("return_x0"), py::arg("threads"));
+  py::class_<Plan>(m, "SchedulerPlan")
+      .def(py::init<const TensorView&, std::vector<std::int64_t>, py::object, int, float, double,
+                    bool, std::int64_t>(),
+           py::arg("timesteps"), py::arg("rows"), py::arg("coefficients"), py::arg("bound"),
+           py::arg("limit"), py::arg("ratio"), py::arg("learned"), py::arg("noisy"))
+      .def("step", &Plan::step, py::arg("sample"), py::arg("model_output"), py::arg("timestep"),
+           py::arg("uncond_output"), py::arg("guidance"), py::arg("rescale"), py::arg("threads"));
   m.def("scheduler_seed", &draw_seed);
   m.def("scheduler_noise", &noise, py::arg("out"), py::arg("seeds"), py::arg("seed"),
         py::arg("offset"), py::arg("threads"));

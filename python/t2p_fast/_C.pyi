@@ -53,6 +53,29 @@ def scheduler_plain_step(
     return_x0: bool,
     threads: int,
 ) -> tuple[Tensor, Tensor | None] | None: ...
+class SchedulerPlan:
+    def __init__(
+        self,
+        timesteps: Tensor,
+        rows: list[int],
+        coefficients: Tensor,
+        bound: int,
+        limit: float,
+        ratio: float,
+        learned: bool,
+        noisy: int,
+    ) -> None: ...
+    def step(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        uncond_output: Tensor | None,
+        guidance: float,
+        rescale: float,
+        threads: int,
+    ) -> tuple[Tensor, Tensor] | None: ...
+
 def scheduler_seed() -> int: ...
 def scheduler_noise(
     out: Tensor, seeds: Tensor | None, seed: int, offset: int, threads: int

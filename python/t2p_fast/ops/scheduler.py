@@ -165,6 +165,7 @@ _scheduler_noise = define_op(
 # What users call ----------------------------------------------------------------------------------
 
 
+SchedulerPlan = _C.SchedulerPlan
 _plain_step = _C.scheduler_plain_step
 _is_compiling = torch.compiler.is_compiling
 _get_num_threads = torch.get_num_threads

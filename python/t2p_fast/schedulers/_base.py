@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from t2p_fast.ops.scheduler import DRAWN_NOISE, NoiseSource, run_step
+from t2p_fast.ops.scheduler import DRAWN_NOISE, NoiseSource, SchedulerPlan, run_step
 from t2p_fast.ops.scheduler_autograd import CLIP, NO_BOUND, THRESHOLD
 from t2p_fast.ops.scheduler_coefficients import mix_coefficients
 from t2p_fast.schedulers._config import Configurable
@@ -96,6 +96,7 @@ def randn(
 
 
 _is_compiling = torch.compiler.is_compiling
+_get_num_threads = torch.get_num_threads
 
 
 def draw_noise(like: Tensor, generator: Generator, noise: Tensor | None) -> NoiseSource:
@@ -139,15 +140,42 @@ class Schedule:
         values: The same numbers on the host.
     """
 
-    __slots__ = ("_bytes", "_first", "tables", "timesteps", "values")
+    __slots__ = ("_bytes", "_first", "plans", "tables", "timesteps", "values")
 
     def __init__(self, timesteps: Tensor, values: list[Any]) -> None:
         self.timesteps, self.values = timesteps, values
         self.tables: Tables = {}
+        self.plans: dict[Any, SchedulerPlan] = {}
         self._first, self._bytes = timesteps.data_ptr(), timesteps.element_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Schedule, (self.timesteps, self.values)  # a copy lies elsewhere
+
+    def plan(
+        self, key: Any, table: Tensor, bounds: tuple[int, float, float], learned: bool, noisy: int
+    ) -> None:  # fmt: skip
+        """Notes how steps with the options `key` go, for plain CPU tensors to take less long.
+
+        Their rows of `table` are the timesteps; from `noisy` on they draw noise.
+        """
+        if not _is_compiling() and not table.is_cuda and table.dtype == torch.float32:
+            rows = [-1 if value is None else value for value in self.values]
+            self.plans[key] = SchedulerPlan(self.timesteps, rows, table, *bounds, learned, noisy)
+
+    def planned(
+        self, key: Any, timesteps: Tensor, sample: Tensor, model_output: Tensor, timestep: Any,
+        uncond_output: Tensor | None, guidance_scale: float, guidance_rescale: float,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Previous and clean sample of a step that goes as planned, or None."""
+        if _is_compiling() or timesteps is not self.timesteps:
+            return None
+        plan = self.plans.get(key)
+        if plan is None:
+            return None
+        return plan.step(
+            sample, model_output, timestep, uncond_output, guidance_scale, guidance_rescale,
+            _get_num_threads(),
+        )  # fmt: skip
 
     def value(self, timestep: Any, timesteps: Tensor) -> Any:
         """The number that a tensor is, if it is one of the timesteps, without reading it; or None.

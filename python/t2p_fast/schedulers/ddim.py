@@ -119,11 +119,20 @@ class DDIMScheduler(DiscreteScheduler):
         if self.num_inference_steps is None:
             raise ValueError("DDIMScheduler.step: call set_timesteps first")
         schedule, index = self._schedule, None
+        if (generator is None or eta == 0) and variance_noise is None and eps_shift is None:
+            planned = schedule.planned(
+                (eta, use_clipped_model_output), self.timesteps, sample, model_output, timestep,
+                uncond_output, guidance_scale, guidance_rescale,
+            )  # fmt: skip
+            if planned is not None:
+                return SchedulerOutput(*planned) if return_dict else planned
         row = schedule.value(timestep, self.timesteps)
         if row is None:
             row, index = self._rows_of(timestep, sample)
         key = (eta, use_clipped_model_output)
         table = find_table(schedule.tables, key, sample, self._coefficients)
+        if key not in schedule.plans:
+            schedule.plan(key, table, self._bounds, False, 0 if eta else len(self._previous))
         noise = NO_NOISE if eta == 0 else draw_noise(sample, generator, variance_noise)
         prev, x0 = run_step(
             sample, model_output, table, row, index, uncond_output, guidance_scale,

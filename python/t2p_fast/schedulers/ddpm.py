@@ -139,6 +139,13 @@ class DDPMScheduler(DiscreteScheduler):
             ValueError: Arguments do not fit.
         """
         schedule, index = self._schedule, None
+        if generator is None and variance_noise is None and mean_shift is None:
+            planned = schedule.planned(
+                self.variance_type, self.timesteps, sample, model_output, timestep, uncond_output,
+                guidance_scale, guidance_rescale,
+            )  # fmt: skip
+            if planned is not None:
+                return SchedulerOutput(*planned) if return_dict else planned
         row = schedule.value(timestep, self.timesteps)
         if row is None:
             row, index = self._rows_of(timestep, sample)
@@ -146,6 +153,8 @@ class DDPMScheduler(DiscreteScheduler):
         learned = variance_type in ("learned", "learned_range")
         key = (variance_type,)
         table = find_table(schedule.tables, key, sample, self._coefficients)
+        if variance_type not in schedule.plans:
+            schedule.plan(variance_type, table, self._bounds, learned, 1)
         noise = NO_NOISE
         if row > 0 or index is not None:
             noise = draw_noise(sample, generator, variance_noise)
