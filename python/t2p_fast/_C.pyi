@@ -53,6 +53,7 @@ def scheduler_plain_step(
     return_x0: bool,
     threads: int,
 ) -> tuple[Tensor, Tensor | None] | None: ...
+
 class SchedulerPlan:
     def __init__(
         self,
