@@ -448,11 +448,11 @@ def test_a_field_sees_what_muse_leaves_at_every_exit_step(tmp_path: Path) -> Non
     for row, exit_step in enumerate((1, 2, 3)):
         scores, tokens = seen[exit_step]
         own = slice(7 * row, 7 * row + 7)
-        least = scores.topk(8, -1).values[..., -1:]
-        likeliest = scores.bfloat16().float().masked_fill(scores < least, -torch.inf)
-        assert torch.equal(rows[0][own], likeliest)
-        assert torch.equal(rows[1][own], tokens.masked_fill(tokens == 16, -1))
-        assert torch.equal(rows[2][own], final)
+        likeliest = scores.topk(8, -1)
+        assert torch.equal(rows.scores[own], likeliest.values.bfloat16().float())
+        assert torch.equal(rows.candidates[own], likeliest.indices)
+        assert torch.equal(rows.known[own], tokens.masked_fill(tokens == 16, -1))
+        assert torch.equal(rows.final[own], final)
     run = dataclasses.replace(config.run, mixed_precision="bf16")
     rounded = undecided(MRFTask(dataclasses.replace(config, run=run)))
     scores = rounded._left_by_muse(trainer).scores
@@ -467,8 +467,8 @@ def test_a_field_that_settles_in_rounds_is_shown_a_share(tmp_path: Path) -> None
     left = task.left = task._left_by_muse(quiet(task, tmp_path / "run"))
     torch.manual_seed(0)
     rows = torch.arange(200) % len(left.final)
-    unary, known, final = task._left_rows(rows, "cpu")
-    assert unary.isfinite().sum(-1).max() <= config.loss.candidates
+    scores, candidates, known, final = task._left_rows(rows, "cpu")
+    assert scores.shape == candidates.shape == (200, 16, config.loss.candidates)
     masked = left.known[rows] < 0
     assert torch.equal(known[~masked], left.known[rows][~masked].long())
     shown = (known >= 0) & masked

@@ -158,7 +158,9 @@ class Schedule:
 
         Their rows of `table` are the timesteps; from `noisy` on they draw noise.
         """
-        if not _is_compiling() and not table.is_cuda and table.dtype == torch.float32:
+        if _is_compiling() or not self._first:  # timesteps without memory
+            return
+        if not table.is_cuda and table.dtype == torch.float32:
             rows = [-1 if value is None else value for value in self.values]
             self.plans[key] = SchedulerPlan(self.timesteps, rows, table, *bounds, learned, noisy)
 
