@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings/plain.h"
+#include "bindings/results.h"
 #include "bindings/tensor_view.h"
 #include "common/check.h"
 #include "common/isa.h"
@@ -12,7 +13,6 @@ namespace py = pybind11;
 
 namespace t2p {
 
-void bind_results(py::module_& m);
 namespace attention {
 void bind(py::module_& m);
 }

@@ -10,12 +10,9 @@ namespace py = pybind11;
 namespace t2p {
 namespace {
 
-// Results of so many bytes and more are from t2p_fast.memory.
-constexpr std::int64_t kLarge = std::int64_t{1} << 20;
-
 // Functions and names of torch, looked up once.
 struct Torch {
-  py::object tensor, parameter, empty_like, is_neg, count_modes, transform, is_grad_enabled;
+  py::object tensor, parameter, is_neg, count_modes, transform, is_grad_enabled;
   py::object forward_ad;
   py::str requires_grad{"requires_grad"}, current_level{"_current_level"};
 };
@@ -28,7 +25,6 @@ const Torch& torch_of_process() {
         const py::object own = torch.attr("_C");
         return Torch{torch.attr("Tensor"),
                      torch.attr("nn").attr("Parameter"),
-                     torch.attr("empty_like"),
                      torch.attr("Tensor").attr("is_neg"),
                      own.attr("_len_torch_dispatch_stack"),
                      own.attr("_functorch").attr("peek_interpreter_stack"),
@@ -75,13 +71,7 @@ bool is_plain(std::span<const py::handle> tensors) {
   return true;
 }
 
-py::object empty_like(py::handle tensor, std::int64_t bytes) {
-  if (bytes < kLarge) return call(torch_of_process().empty_like, tensor);
-  return py::module_::import("t2p_fast.memory").attr("empty_like")(tensor);
-}
-
 void bind_plain(py::module_& m) {
-  m.attr("LARGE") = kLarge;
   m.def("is_plain", [](const py::args& tensors) {
     const std::vector<py::handle> handles(tensors.begin(), tensors.end());
     return is_plain(handles);

@@ -4,7 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <span>
 
 namespace t2p {
@@ -12,9 +11,6 @@ namespace t2p {
 // Whether no gradient is wanted and no mode of torch would do more than run an op on `tensors`,
 // None among them or not. While torch compiles a function there is no asking from C++.
 bool is_plain(std::span<const pybind11::handle> tensors);
-
-// torch.empty_like of a plain tensor that has `bytes`; from t2p_fast.memory if that is a lot.
-pybind11::object empty_like(pybind11::handle tensor, std::int64_t bytes);
 
 void bind_plain(pybind11::module_& m);
 

@@ -98,6 +98,16 @@ void init_tensor_road(py::module_ torch) {
 
 const char* tensor_road() { return torch_in_use().table ? "dlpack" : "attributes"; }
 
+bool makes_tensors() { return torch_in_use().table != nullptr; }
+
+py::object tensor_of(dlpack::ManagedTensorVersioned* managed) {
+  void* object = nullptr;
+  if (torch_in_use().table->managed_to_object(managed, &object) != 0) {
+    throw py::error_already_set();  // who owns `managed` is not said: better lost than freed twice
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
 TensorView::TensorView(py::handle object) {
   const Torch& torch = torch_in_use();
   T2P_CHECK_TYPE(
@@ -154,6 +164,17 @@ bool TensorView::contiguous() const {
     expected *= shape_[i];
   }
   return true;
+}
+
+TensorView TensorView::elsewhere(void* data) const {
+  TensorView other = *this;
+  other.data_ = data;
+  std::int64_t stride = 1;
+  for (int i = ndim_ - 1; i >= 0; --i) {
+    other.strides_[i] = stride;
+    stride *= shape_[i];
+  }
+  return other;
 }
 
 std::string TensorView::shape_text() const {

@@ -35,8 +35,12 @@ class TensorView {
     return product;
   }
   dlpack::Device device() const { return device_; }
+  dlpack::DataType dtype() const { return dtype_; }
+  std::int64_t element_size() const { return dtype_.bits / 8; }
   bool on_cuda() const { return device_.type == dlpack::kCuda; }
   bool contiguous() const;
+  // A contiguous tensor of the same shape, dtype and device at `data`.
+  TensorView elsewhere(void* data) const;
   bool is_float32() const { return dtype_.code == dlpack::kFloat && dtype_.bits == 32; }
   bool is_uint8() const { return dtype_.code == dlpack::kUInt && dtype_.bits == 8; }
   bool is_bfloat16() const { return dtype_.code == dlpack::kBfloat && dtype_.bits == 16; }
@@ -69,6 +73,12 @@ void init_tensor_road(pybind11::module_ torch);
 
 // "dlpack" or "attributes".
 const char* tensor_road();
+
+// Whether tensor_of can be called: on the road of dlpack.
+bool makes_tensors();
+
+// The torch.Tensor that owns what is managed from now on.
+pybind11::object tensor_of(dlpack::ManagedTensorVersioned* managed);
 
 // torch's current stream on the tensor's device, a cudaStream_t.
 void* current_stream(const TensorView& tensor);

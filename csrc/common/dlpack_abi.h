@@ -43,13 +43,23 @@ struct Version {
   std::uint32_t major, minor;
 };
 
+// The same since version 1.0.
+struct ManagedTensorVersioned {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensorVersioned* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   Version version;
-  ExchangeApi* previous;                                // an older table, or null
-  void* allocate;                                       // not used here
-  void* managed_from_object;                            // not used here
-  void* managed_to_object;                              // not used here
-  int (*view_of_object)(void* py_object, Tensor* out);  // 0, or -1 with a Python error set
+  ExchangeApi* previous;      // an older table, or null
+  void* allocate;             // not used here
+  void* managed_from_object;  // not used here
+  // These return 0, or -1 with a Python error set.
+  int (*managed_to_object)(ManagedTensorVersioned* tensor, void** py_object);
+  int (*view_of_object)(void* py_object, Tensor* out);
   int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };
 

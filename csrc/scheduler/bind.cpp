@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/plain.h"
+#include "bindings/results.h"
 #include "bindings/tensor_view.h"
 #include "common/normal.h"
 #include "common/philox.h"
@@ -243,10 +244,10 @@ std::optional<TensorView> view_of(py::handle tensor) {
   return TensorView(tensor);
 }
 
-// A step on CPU tensors, from the arguments of the registered op but the last, into `prev` and
-// `x0`, which are made here where they are None. Returns both; or None, where something of torch
-// has to see the call. A seed of None is drawn.
-py::object plain_step(const py::tuple& arguments, py::object prev, py::object x0, bool return_x0,
+// A step on CPU tensors, from the arguments of the registered op but the last, into `out` and
+// `out_x0`, which are made here where they are None. Returns both; or None, where something of
+// torch has to see the call. A seed of None is drawn.
+py::object plain_step(const py::tuple& arguments, py::object out, py::object out_x0, bool return_x0,
                       int threads) {
   constexpr std::size_t kCount = 20;
   T2P_CHECK(arguments.size() == kCount, kOp, ": wanted ", kCount, " arguments");
@@ -254,9 +255,14 @@ py::object plain_step(const py::tuple& arguments, py::object prev, py::object x0
   if (!is_plain({{at(0), at(1), at(5), at(12), at(13), at(14), at(15)}})) return py::none();
   const TensorView sample(at(0));
   if (sample.on_cuda()) return py::none();
-  const std::int64_t bytes = sample.count() * bytes_of(dtype_of("sample", sample));
-  if (prev.is_none()) prev = empty_like(at(0), bytes);
-  if (x0.is_none() && return_x0) x0 = empty_like(at(0), bytes);
+  const auto result_for = [&](py::object given) {
+    if (given.is_none()) return empty_like(at(0), sample);
+    const TensorView view(given);
+    return Result{std::move(given), view};
+  };
+  dtype_of("sample", sample);
+  Result prev = result_for(std::move(out)), x0;
+  if (return_x0 || !out_x0.is_none()) x0 = result_for(std::move(out_x0));
   const bool draws_seed = at(18).is_none();
   try {
     Step s = checked(sample, TensorView(at(1)), TensorView(at(2)), view_of(at(3)),
@@ -265,13 +271,14 @@ py::object plain_step(const py::tuple& arguments, py::object prev, py::object x0
                      at(10).cast<double>(), at(11).cast<bool>(), view_of(at(12)), view_of(at(13)),
                      view_of(at(14)), view_of(at(15)), at(16).cast<bool>(), view_of(at(17)),
                      draws_seed ? 0 : at(18).cast<std::uint64_t>(), at(19).cast<std::uint64_t>(),
-                     TensorView(prev), view_of(x0));
+                     prev.view, x0.tensor ? std::optional(x0.view) : std::nullopt);
     if (draws_seed) s.seed = draw_seed();
     run_on_cpu(s, threads);
   } catch (const py::cast_error& error) {
     throw TypeError(concat(kOp, ": ", error.what()));
   }
-  return py::make_tuple(std::move(prev), std::move(x0));
+  if (!x0.tensor) x0.tensor = py::none();
+  return py::make_tuple(std::move(prev.tensor), std::move(x0.tensor));
 }
 
 // The steps of one schedule and one choice of options, on plain CPU tensors with guidance at most:
@@ -285,6 +292,7 @@ class Plan {
       : first_(timesteps.data<const std::int64_t>()),
         rows_(std::move(rows)),
         coefficients_(std::move(coefficients)),
+        table_(coefficients_),
         bound_(bound),
         limit_(limit),
         ratio_(ratio),
@@ -305,15 +313,14 @@ class Plan {
       const TensorView x(sample);
       const std::int64_t row = row_of(TensorView(timestep));
       if (row < 0 || x.on_cuda()) return py::none();
-      const std::int64_t bytes = x.count() * bytes_of(dtype_of("sample", x));
-      py::object prev = empty_like(sample, bytes), x0 = empty_like(sample, bytes);
-      Step s =
-          checked(x, TensorView(output), TensorView(coefficients_), {}, row, view_of(uncond),
-                  guidance.cast<float>(), rescale.cast<float>(), bound_, limit_, ratio_, learned_,
-                  {}, {}, {}, {}, row >= noisy_, {}, 0, 0, TensorView(prev), TensorView(x0));
+      dtype_of("sample", x);
+      Result prev = empty_like(sample, x), x0 = empty_like(sample, x);
+      Step s = checked(x, TensorView(output), table_, {}, row, view_of(uncond),
+                       guidance.cast<float>(), rescale.cast<float>(), bound_, limit_, ratio_,
+                       learned_, {}, {}, {}, {}, row >= noisy_, {}, 0, 0, prev.view, x0.view);
       if (row >= noisy_) s.seed = draw_seed();
       run_on_cpu(s, threads);
-      return py::make_tuple(std::move(prev), std::move(x0));
+      return py::make_tuple(std::move(prev.tensor), std::move(x0.tensor));
     } catch (const std::invalid_argument&) {
     } catch (const py::cast_error&) {
     }
@@ -331,6 +338,7 @@ class Plan {
   const std::int64_t* first_;
   std::vector<std::int64_t> rows_;
   py::object coefficients_;
+  TensorView table_;  // a view of them
   int bound_;
   float limit_;
   double ratio_;

@@ -2,6 +2,8 @@
 """Steps that go as planned: numbers like those of any other step, and only where all is plain."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +98,29 @@ def test_what_is_not_plain_goes_the_other_road(monkeypatch: pytest.MonkeyPatch) 
     scheduler.timesteps = scheduler.timesteps.clone()  # somebody's own
     assert torch.equal(scheduler.step(c, scheduler.timesteps[3], sample).prev_sample, first)
     assert asked == [False] * 2
+
+
+def test_results_own_their_memory_and_give_it_back() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    sample, c, _ = _tensors()
+    first, second = (tuple(scheduler.step(c, scheduler.timesteps[3], sample)) for _ in range(2))
+    for x, like in zip(second, first, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
+        assert x.data_ptr() % 64 == 0
+        part, kept = x[1, 2:], x[1, 2:].clone()
+        del x
+        assert torch.equal(part.add_(1), kept + 1)
+    used = len({x.data_ptr() for x in (*first, *second)})
+    assert used == 4
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        pytest.skip("there is no /proc to read how much memory is in use from")
+    before = int(statistics.read_text().split()[1])
+    for _ in range(10_000):  # of 2 KiB twice
+        scheduler.step(c, scheduler.timesteps[3], sample)
+    pages = int(statistics.read_text().split()[1]) - before
+    assert pages * os.sysconf("SC_PAGESIZE") < 10_000 * 2 * 2048 / 4
 
 
 def test_plans_end_with_their_schedule() -> None:
