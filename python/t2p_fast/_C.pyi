@@ -57,7 +57,7 @@ def scheduler_plain_step(
 class SchedulerPlan:
     def __init__(
         self,
-        timesteps: Tensor,
+        timesteps: Tensor | None,
         rows: list[int],
         coefficients: Tensor,
         bound: int,
@@ -65,17 +65,21 @@ class SchedulerPlan:
         ratio: float,
         learned: bool,
         noisy: int,
+        quiet: int,
+        returns_x0: bool,
     ) -> None: ...
     def step(
         self,
         sample: Tensor,
         model_output: Tensor,
-        timestep: int | Tensor,
+        place: int | Tensor,
         uncond_output: Tensor | None,
         guidance: float,
         rescale: float,
+        history1: Tensor | None,
+        history2: Tensor | None,
         threads: int,
-    ) -> tuple[Tensor, Tensor] | None: ...
+    ) -> tuple[Tensor, Tensor | None] | None: ...
 
 def scheduler_seed() -> int: ...
 def scheduler_noise(

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2p_fast.schedulers import DDIMScheduler, DDPMScheduler
+from t2p_fast.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 MAKERS: list[tuple[Any, dict[str, Any]]] = [
     (DDPMScheduler, {}),
@@ -59,6 +66,76 @@ def test_planned_steps_are_the_same(
     torch.testing.assert_close(
         _steps(scheduler, options, planned=True, dtype=dtype), expected, rtol=0, atol=0
     )
+
+
+COUNTING: list[Any] = [
+    lambda: DPMSolverMultistepScheduler(),
+    lambda: DPMSolverMultistepScheduler(solver_order=3, thresholding=True),
+    lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    lambda: DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver", final_sigmas_type="sigma_min", thresholding=True
+    ),
+    lambda: EulerDiscreteScheduler(),
+    lambda: EulerAncestralDiscreteScheduler(),
+    lambda: FlowMatchEulerDiscreteScheduler(),
+    lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+]
+
+
+@pytest.mark.parametrize("make", COUNTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_planned_steps_of_schedulers_that_count_are_the_same(
+    make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(planned: bool) -> list[Tensor]:
+        scheduler = make()
+        scheduler.set_timesteps(5)
+        asked = _plan_calls(scheduler, monkeypatch)
+        x, c, u = _tensors(dtype)
+        torch.manual_seed(7)
+        results = []
+        for timestep in scheduler.timesteps:
+            if not planned:
+                scheduler._schedule.plans.clear()
+            scheduler.scale_model_input(x, timestep)
+            x = scheduler.step(
+                c, timestep, x, uncond_output=u, guidance_scale=3.0, guidance_rescale=0.5
+            ).prev_sample
+            results.append(x)
+        assert any(asked) == (planned and dtype != torch.float64)
+        return results
+
+    expected = run(planned=False)
+    torch.testing.assert_close(run(planned=True), expected, rtol=0, atol=0)
+
+
+def test_what_is_written_into_timesteps_counts() -> None:
+    scheduler, other = DDIMScheduler(), DDIMScheduler()
+    scheduler.set_timesteps(10)
+    other.set_timesteps(10)
+    sample, c, _ = _tensors()
+    scheduler.step(c, scheduler.timesteps[3], sample)
+    scheduler.timesteps[3] = 77
+    for result in (scheduler.step(c, scheduler.timesteps[3], sample) for _ in range(2)):
+        assert torch.equal(result.prev_sample, other.step(c, 77, sample).prev_sample)
+
+
+def test_a_changed_configuration_counts() -> None:
+    sample, c, _ = _tensors()
+    for maker in (DPMSolverMultistepScheduler, EulerDiscreteScheduler):
+        results = []
+        for late in (False, True):
+            scheduler = maker(prediction_type="epsilon" if late else "v_prediction")
+            scheduler.set_timesteps(10)
+            if late:
+                scheduler.step(c, scheduler.timesteps[0], sample)
+                scheduler.register_to_config(prediction_type="v_prediction")
+                scheduler.set_begin_index(0)
+                scheduler._step_index = None
+                if maker is DPMSolverMultistepScheduler:
+                    scheduler._reset()
+            results.append(scheduler.step(c, scheduler.timesteps[0], sample).prev_sample)
+        assert torch.equal(*results)
 
 
 def _plan_calls(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:

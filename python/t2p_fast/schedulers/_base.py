@@ -13,6 +13,7 @@ from t2p_fast.ops.scheduler_coefficients import mix_coefficients
 from t2p_fast.schedulers._config import Configurable
 
 __all__ = [
+    "UNBOUNDED",
     "Generator",
     "Scheduler",
     "SchedulerOutput",
@@ -24,6 +25,8 @@ __all__ = [
 
 # Coefficients by what they depend on, and the sample's device and dtype.
 Tables = dict[tuple[tuple[Any, ...], int, torch.dtype], Tensor]
+
+UNBOUNDED = (NO_BOUND, 1.0, 0.0)  # how x0 is bounded: kind, limit and quantile
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -130,6 +133,11 @@ def find_table(
     return table
 
 
+def _version_of(timesteps: Tensor) -> int | None:
+    """How often something was written there; None where torch does not count."""
+    return None if timesteps.is_inference() else timesteps._version
+
+
 class Schedule:
     """The timesteps of a scheduler, and the tables that were made for them.
 
@@ -140,44 +148,66 @@ class Schedule:
         values: The same numbers on the host.
     """
 
-    __slots__ = ("_bytes", "_first", "plans", "tables", "timesteps", "values")
+    __slots__ = ("_bytes", "_first", "_version", "plans", "tables", "timesteps", "values")
 
     def __init__(self, timesteps: Tensor, values: list[Any]) -> None:
         self.timesteps, self.values = timesteps, values
         self.tables: Tables = {}
         self.plans: dict[Any, SchedulerPlan] = {}
         self._first, self._bytes = timesteps.data_ptr(), timesteps.element_size()
+        self._version = _version_of(timesteps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Schedule, (self.timesteps, self.values)  # a copy lies elsewhere
 
+    def clear(self) -> None:
+        """Forgets what was made."""
+        self.tables.clear()
+        self.plans.clear()
+
     def plan(
-        self, key: Any, table: Tensor, bounds: tuple[int, float, float], learned: bool, noisy: int
+        self, key: Any, table: Tensor, noisy: range, bounds: tuple[int, float, float] = UNBOUNDED,
+        learned: bool = False, *, by_timestep: bool = False, returns_x0: bool = True,
     ) -> None:  # fmt: skip
         """Notes how steps with the options `key` go, for plain CPU tensors to take less long.
 
-        Their rows of `table` are the timesteps; from `noisy` on they draw noise.
+        The rows of `table` that are in `noisy` draw noise. With `by_timestep` they are the
+        timesteps.
         """
-        if _is_compiling() or not self._first:  # timesteps without memory
+        if key in self.plans or _is_compiling():
             return
-        if not table.is_cuda and table.dtype == torch.float32:
+        if table.is_cuda or table.dtype != torch.float32:
+            return
+        timesteps, rows = None, []
+        if by_timestep:
+            timesteps = self.timesteps
+            if timesteps.device.type != "cpu" or not self._first:  # or without memory
+                return
             rows = [-1 if value is None else value for value in self.values]
-            self.plans[key] = SchedulerPlan(self.timesteps, rows, table, *bounds, learned, noisy)
+        self.plans[key] = SchedulerPlan(
+            timesteps, rows, table, *bounds, learned, noisy.start, noisy.stop, returns_x0
+        )
 
     def planned(
-        self, key: Any, timesteps: Tensor, sample: Tensor, model_output: Tensor, timestep: Any,
+        self, key: Any, place: Any, sample: Tensor, model_output: Tensor,
         uncond_output: Tensor | None, guidance_scale: float, guidance_rescale: float,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Previous and clean sample of a step that goes as planned, or None."""
-        if _is_compiling() or timesteps is not self.timesteps:
-            return None
+        history1: Tensor | None = None, history2: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+        """Previous and clean sample of a step that goes as planned, or None.
+
+        `place` is the step's row, or its timestep where the plan is by timestep.
+        """
         plan = self.plans.get(key)
-        if plan is None:
+        if plan is None or _is_compiling():
             return None
         return plan.step(
-            sample, model_output, timestep, uncond_output, guidance_scale, guidance_rescale,
-            _get_num_threads(),
+            sample, model_output, place, uncond_output, guidance_scale, guidance_rescale,
+            history1, history2, _get_num_threads(),
         )  # fmt: skip
+
+    def holds(self, timesteps: Tensor) -> bool:
+        """Whether these are its timesteps still, and nobody has written others there."""
+        return timesteps is self.timesteps and self._version == _version_of(timesteps)
 
     def value(self, timestep: Any, timesteps: Tensor) -> Any:
         """The number that a tensor is, if it is one of the timesteps, without reading it; or None.
@@ -186,7 +216,7 @@ class Schedule:
         to wait for everything launched before, and its value is known; unless somebody has put
         others there.
         """
-        if _is_compiling() or timesteps is not self.timesteps:
+        if _is_compiling() or not self.holds(timesteps):
             return None
         if not isinstance(timestep, Tensor) or timestep.numel() != 1:
             return None
@@ -221,6 +251,12 @@ class Scheduler(Configurable):
         self.timesteps = timesteps.to(device)
         self._schedule = Schedule(self.timesteps, timesteps.tolist())
 
+    def register_to_config(self, **entries: Any) -> None:
+        """Adds entries to the configuration, or replaces them; what was made from it is dropped."""
+        super().register_to_config(**entries)
+        if "_schedule" in self.__dict__:
+            self._schedule.clear()
+
     @property
     def compatibles(self) -> list[type["Scheduler"]]:
         """The schedulers that understand this one's configuration."""
@@ -243,7 +279,7 @@ class Scheduler(Configurable):
             return THRESHOLD, float(config.sample_max_value), config.dynamic_thresholding_ratio
         if config.get("clip_sample", False):
             return CLIP, float(config.clip_sample_range), 0.0
-        return NO_BOUND, 1.0, 0.0
+        return UNBOUNDED
 
     def _mix(
         self, tables: Tables, name: str, sample: Tensor, other: Tensor,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the schedulers share that count their steps and know noise levels rather than timesteps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from t2p_fast.schedulers._base import Scheduler
+from t2p_fast.ops.scheduler import DRAWN_NOISE, NO_NOISE, NoiseSource, run_step
+from t2p_fast.schedulers._base import UNBOUNDED, Scheduler, find_table
 
 __all__ = ["SigmaScheduler"]
 
@@ -27,6 +28,7 @@ class SigmaScheduler(Scheduler):
     lenient: ClassVar[bool] = False
 
     sigmas: Tensor
+    _coefficients: Callable[..., Tensor]
     _step_index: int | None = None
     _begin_index: int | None = None
 
@@ -59,7 +61,7 @@ class SigmaScheduler(Scheduler):
         if self.sigmas is not self._given_sigmas:
             self._given_sigmas = self.sigmas
             self._levels = self.sigmas.double().cpu()
-            self._schedule.tables.clear()
+            self._schedule.clear()
         return self._levels
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
@@ -69,7 +71,7 @@ class SigmaScheduler(Scheduler):
             ValueError: No step has it.
         """
         schedule = self._schedule
-        if schedule_timesteps is None and self.timesteps is not schedule.timesteps:
+        if schedule_timesteps is None and not schedule.holds(self.timesteps):
             schedule_timesteps = self.timesteps  # somebody has changed them
         if schedule_timesteps is None:
             values, wanted = schedule.values, schedule.value(timestep, self.timesteps)
@@ -104,6 +106,35 @@ class SigmaScheduler(Scheduler):
             )
         self._step_index = step + 1
         return step
+
+    def _run_step(
+        self, key: tuple[Any, ...], step: int, sample: Tensor, model_output: Tensor,
+        uncond_output: Tensor | None, guidance_scale: float, guidance_rescale: float,
+        noise: NoiseSource, bounds: tuple[int, float, float] = UNBOUNDED,
+        history1: Tensor | None = None, history2: Tensor | None = None,
+        *, returns_x0: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Previous and clean sample of a step, with the coefficients that belong to `key`."""
+        schedule, drawn = self._schedule, noise is DRAWN_NOISE
+        can_plan = drawn or noise is NO_NOISE
+        if can_plan:
+            planned = schedule.planned(
+                (key, drawn), step, sample, model_output, uncond_output, guidance_scale,
+                guidance_rescale, history1, history2,
+            )  # fmt: skip
+            if planned is not None:
+                return planned
+        table = find_table(schedule.tables, key, sample, self._coefficients)
+        if can_plan:
+            noisy = range(len(table) if drawn else 0)
+            schedule.plan((key, drawn), table, noisy, bounds, returns_x0=returns_x0)
+        prev, x0 = run_step(
+            sample, model_output, table, step, None, uncond_output, guidance_scale,
+            guidance_rescale, bounds, False, None, history1, history2, noise, returns_x0,
+        )  # fmt: skip
+        if prev.dtype is not model_output.dtype:
+            prev = prev.to(model_output.dtype)
+        return prev, x0
 
     def _refuse_integer(self, timestep: Any) -> None:
         is_integer = isinstance(timestep, int) or (

@@ -121,8 +121,8 @@ class DDIMScheduler(DiscreteScheduler):
         schedule, index = self._schedule, None
         if (generator is None or eta == 0) and variance_noise is None and eps_shift is None:
             planned = schedule.planned(
-                (eta, use_clipped_model_output), self.timesteps, sample, model_output, timestep,
-                uncond_output, guidance_scale, guidance_rescale,
+                (eta, use_clipped_model_output), timestep, sample, model_output, uncond_output,
+                guidance_scale, guidance_rescale,
             )  # fmt: skip
             if planned is not None:
                 return SchedulerOutput(*planned) if return_dict else planned
@@ -131,8 +131,8 @@ class DDIMScheduler(DiscreteScheduler):
             row, index = self._rows_of(timestep, sample)
         key = (eta, use_clipped_model_output)
         table = find_table(schedule.tables, key, sample, self._coefficients)
-        if key not in schedule.plans:
-            schedule.plan(key, table, self._bounds, False, 0 if eta else len(self._previous))
+        noisy = range(len(self._previous) if eta else 0)
+        schedule.plan(key, table, noisy, self._bounds, by_timestep=True)
         noise = NO_NOISE if eta == 0 else draw_noise(sample, generator, variance_noise)
         prev, x0 = run_step(
             sample, model_output, table, row, index, uncond_output, guidance_scale,

@@ -141,8 +141,8 @@ class DDPMScheduler(DiscreteScheduler):
         schedule, index = self._schedule, None
         if generator is None and variance_noise is None and mean_shift is None:
             planned = schedule.planned(
-                self.variance_type, self.timesteps, sample, model_output, timestep, uncond_output,
-                guidance_scale, guidance_rescale,
+                self.variance_type, timestep, sample, model_output, uncond_output, guidance_scale,
+                guidance_rescale,
             )  # fmt: skip
             if planned is not None:
                 return SchedulerOutput(*planned) if return_dict else planned
@@ -153,8 +153,8 @@ class DDPMScheduler(DiscreteScheduler):
         learned = variance_type in ("learned", "learned_range")
         key = (variance_type,)
         table = find_table(schedule.tables, key, sample, self._coefficients)
-        if variance_type not in schedule.plans:
-            schedule.plan(variance_type, table, self._bounds, learned, 1)
+        noisy = range(1, len(self._previous))
+        schedule.plan(variance_type, table, noisy, self._bounds, learned, by_timestep=True)
         noise = NO_NOISE
         if row > 0 or index is not None:
             noise = draw_noise(sample, generator, variance_noise)

@@ -19,6 +19,7 @@ from t2p_fast.ops.scheduler_coefficients import (
     dpm_solver_coefficients,
 )
 from t2p_fast.schedulers._base import (
+    UNBOUNDED,
     Generator,
     SchedulerOutput,
     draw_noise,
@@ -143,6 +144,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         self._reset()
         timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._set_sigmas(self._train_sigmas, timesteps, None)
+
+    _seen: Any = None  # the configuration that steps are made for
 
     def _reset(self) -> None:
         # The results of the steps before, the latest last, as diffusers keeps them.
@@ -273,49 +276,50 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError(f"{_NAME}.step: call set_timesteps first")
-        config = self.config
+        if self._seen is not self.config:
+            self._look_at_config()
         self._float64_sigmas()
         step = self._next_step(timestep)
-        if config.variance_type in ("learned", "learned_range"):
+        if self._has_variance:
             # Networks with a learned variance have it behind the channels of the sample.
             model_output = model_output[:, : sample.shape[1]]
             if uncond_output is not None:
                 uncond_output = uncond_output[:, : sample.shape[1]]
         order = self._order_at(step)
-        data = config.algorithm_type.endswith("++")
-        bound = self._bound()
-        if not data and bound[0] == THRESHOLD:
+        kind, bounds = self._kind, self._bounds
+        if bounds[0] == THRESHOLD and not self._predicts_data:
             model_output = self._thresholded_noise(
                 model_output, uncond_output, sample, step, guidance_scale, guidance_rescale
             )
-            uncond_output, bound = None, (NO_BOUND, 1.0, 0.0)
-            kind = "epsilon"
-        else:
-            kind = config.prediction_type
-        key = (order, kind, bound[0])
-        table = find_table(self._schedule.tables, key, sample, self._coefficients)
-        noise = NO_NOISE
-        if config.algorithm_type.startswith("sde"):
-            noise = draw_noise(sample, generator, variance_noise)
+            uncond_output, kind, bounds = None, "epsilon", UNBOUNDED
+        noise = draw_noise(sample, generator, variance_noise) if self._adds_noise else NO_NOISE
         before = self.model_outputs
-        prev, result = run_step(
-            sample, model_output, table, step, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, bound=bound,
-            history1=before[-1] if order > 1 else None,
-            history2=before[-2] if order > 2 else None, noise=noise,
+        prev, result = self._run_step(
+            (order, kind, bounds[0]), step, sample, model_output, uncond_output, guidance_scale,
+            guidance_rescale, noise, bounds, before[-1] if order > 1 else None,
+            before[-2] if order > 2 else None,
         )  # fmt: skip
         self.model_outputs = [*before[1:], result]
-        if self.lower_order_nums < config.solver_order:
+        if self.lower_order_nums < len(before):
             self.lower_order_nums += 1
-        if prev.dtype is not model_output.dtype:
-            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev) if return_dict else (prev,)
+
+    def _look_at_config(self) -> None:
+        """Takes from the configuration what every step needs."""
+        config = self._seen = self.config
+        self._has_variance = config.variance_type in ("learned", "learned_range")
+        self._predicts_data = config.algorithm_type.endswith("++")
+        self._adds_noise = config.algorithm_type.startswith("sde")
+        self._kind, self._bounds = config.prediction_type, self._bound()
 
     def _order_at(self, step: int) -> int:
         """The order of a step: lower where results are missing, and for stability at the end."""
-        config, left = self.config, len(self._schedule.values) - 1 - step
-        few = config.lower_order_final and len(self._schedule.values) < 15
-        order: int = min(config.solver_order, self.lower_order_nums + 1)
+        steps = len(self._schedule.values)
+        left, order = steps - 1 - step, min(len(self.model_outputs), self.lower_order_nums + 1)
+        if left > 1 or order == 1:
+            return order
+        config = self.config
+        few = config.lower_order_final and steps < 15
         if left == 0 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
             return 1
         return min(order, 2) if left == 1 and few else order

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
-from t2p_fast.ops.scheduler import NO_NOISE, run_step
+from t2p_fast.ops.scheduler import NO_NOISE
 from t2p_fast.ops.scheduler_coefficients import ancestral_coefficients
 from t2p_fast.schedulers._base import (
     Generator,
     SchedulerOutput,
     draw_noise,
-    find_table,
 )
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import TrainedBetas
@@ -87,17 +86,13 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
     ) -> Any:
         """The sample of the next noise level, in one kernel; args as in `DDIMScheduler.step`."""
         step = self._begin_step(timestep)
-        table = find_table(self._schedule.tables, (), sample, self._coefficients)
         noise = NO_NOISE
         last = len(self._schedule.values) - 1
         if step < last or generator is not None:  # the last step adds none
             noise = draw_noise(sample, generator, variance_noise)
-        prev, x0 = run_step(
-            sample, model_output, table, step, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise,
-        )  # fmt: skip
-        if prev.dtype is not model_output.dtype:
-            prev = prev.to(model_output.dtype)
+        prev, x0 = self._run_step(
+            (), step, sample, model_output, uncond_output, guidance_scale, guidance_rescale, noise
+        )
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _coefficients(self) -> Tensor:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
-from t2p_fast.ops.scheduler import NO_NOISE, run_step
+from t2p_fast.ops.scheduler import NO_NOISE
 from t2p_fast.ops.scheduler_coefficients import euler_coefficients
 from t2p_fast.schedulers._base import (
     Generator,
     SchedulerOutput,
     draw_noise,
-    find_table,
 )
 from t2p_fast.schedulers._config import keeps_config
 from t2p_fast.schedulers._discrete import TrainedBetas
@@ -205,14 +204,10 @@ class EulerDiscreteScheduler(KarrasScheduler):
         if s_churn > 0 and s_tmin <= self._values_of_sigmas()[step] <= s_tmax:
             churn = min(s_churn / (len(self._levels) - 1), 2**0.5 - 1)
             noise = draw_noise(sample, generator, variance_noise)
-        key = (churn, s_noise)
-        table = find_table(self._schedule.tables, key, sample, self._coefficients)
-        prev, x0 = run_step(
-            sample, model_output, table, step, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise,
+        prev, x0 = self._run_step(
+            (churn, s_noise), step, sample, model_output, uncond_output, guidance_scale,
+            guidance_rescale, noise,
         )  # fmt: skip
-        if prev.dtype is not model_output.dtype:
-            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _values_of_sigmas(self) -> list[float]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from t2p_fast._checks import check_choice
-from t2p_fast.ops.scheduler import NO_NOISE, run_step
+from t2p_fast.ops.scheduler import NO_NOISE
 from t2p_fast.ops.scheduler_coefficients import flow_coefficients
 from t2p_fast.schedulers._base import (
     Generator,
     SchedulerOutput,
     draw_noise,
-    find_table,
     randn,
 )
 from t2p_fast.schedulers._config import keeps_config
@@ -208,16 +207,11 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
                 model_output = torch.lerp(uncond_output, model_output, guidance_scale)
             prev = self._step_per_token(model_output, sample, per_token_timesteps, generator)
             return SchedulerOutput(prev) if return_dict else (prev,)
-        key = (stochastic,)
-        table = find_table(self._schedule.tables, key, sample, self._coefficients)
         noise = draw_noise(sample, generator, variance_noise) if stochastic else NO_NOISE
-        prev, _ = run_step(
-            sample, model_output, table, step, uncond_output=uncond_output,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, noise=noise,
-            return_x0=False,
+        prev, _ = self._run_step(
+            (stochastic,), step, sample, model_output, uncond_output, guidance_scale,
+            guidance_rescale, noise, returns_x0=False,
         )  # fmt: skip
-        if prev.dtype is not model_output.dtype:
-            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev) if return_dict else (prev,)
 
     def _coefficients(self, stochastic: bool) -> Tensor:
