@@ -48,5 +48,8 @@ def test_seeds_and_tuples() -> None:
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
+    for timestep in (-1, 4):
+        with pytest.raises(ValueError, match=f"timestep is {timestep}, expected 0 to 3"):
+            scheduler.step(logits, timestep, masked)
     with pytest.raises(ValueError, match="call set_timesteps first"):
         amused.AmusedScheduler(mask_token_id=MASK).step(logits, 2, masked)

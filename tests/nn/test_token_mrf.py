@@ -67,6 +67,32 @@ def test_candidates_need_what_is_known() -> None:
     scores, candidates = torch.zeros(1, 4, 2), torch.zeros(1, 4, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"candidates is \[1, 4, 3\] and known None, expected"):
         mrf(scores, candidates=candidates)
+    known, candidates = torch.tensor([[-1, 2, -1, 0]]), candidates[..., :2] + torch.tensor([1, 3])
+    assert mrf(scores, known, candidates=candidates).shape == (1, 4, 2)
+    for change, message in (
+        ((scores, known, candidates + 4), "candidates holds tokens 5 to 7, expected 0 to 6"),
+        ((scores, known, candidates - 2), "candidates holds tokens -1 to 1, expected 0 to 6"),
+        ((scores, known + 5, candidates), "known holds token 7, expected less than 7"),
+        ((scores - torch.inf, known, candidates), "scores of position 0 have a NaN"),
+        ((scores.where(known[..., None] != 0, torch.nan), known - 1, candidates), "of position 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mrf(*change[:2], candidates=change[2])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_float64_is_computed_in_float32(rank: int) -> None:
+    torch.manual_seed(0)
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=11, token_grid=3, rank=rank, rounds=2))
+    torch.nn.init.normal_(mrf.w_c)
+    unary, tokens = torch.randn(2, 9, 11), torch.full((2, 9), 11)
+    single, labels = mrf(unary), mrf.finish(unary, tokens)
+    mrf.double()
+    for scores in (unary, unary.double()):
+        q = mrf(scores)
+        assert q.dtype == scores.dtype
+        assert torch.equal(q.float(), single)
+        assert torch.equal(mrf.finish(scores, tokens), labels)
 
 
 def test_finish_keeps_what_is_known() -> None:

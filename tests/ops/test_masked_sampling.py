@@ -400,6 +400,8 @@ def test_errors(device: torch.device) -> None:
     logits, uncond, tokens, seeds = (t.to(device) for t in _case(2, 5, 9))
     with pytest.raises(TypeError, match="logits must be float32, bfloat16, float16, got float64"):
         masked_sample(logits.double(), tokens)
+    with pytest.raises(TypeError, match="mask_count must be an int or an int64 tensor, got a floa"):
+        masked_sample(logits, tokens, mask_count=2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="logits must be a dense tensor, got a list"):
         masked_sample(logits.tolist(), tokens)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"logits must be \[b, n, v >= 1\], got \[5, 9\]"):

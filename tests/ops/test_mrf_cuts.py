@@ -82,6 +82,24 @@ def test_known_and_ruled_out_labels() -> None:
     assert (labels[0, :4] == 3).all()
     assert int(labels[0, 7]) == 0
     assert mrf_alpha_expansion(unary[:0], grid, 1.0).shape == (0, 30)
+    # What rules a known label out adds to every energy alike.
+    ruled_out = unary.index_fill(1, torch.arange(4), -torch.inf)
+    assert torch.equal(mrf_alpha_expansion(ruled_out.where(known[..., None] < 0, unary), grid, 1.0,
+                                           known=known), labels)  # fmt: skip
+    ruled_out[0, :4, 4] = 0.0
+    assert torch.equal(mrf_alpha_expansion(ruled_out, grid, 1.0, known=known), labels)
+
+
+def test_init_that_is_ruled_out_is_left() -> None:
+    unary, grid = _random(1, 30, 5), grid_neighbours(5, 6, weight=0.5)
+    unary[0, ::3, 1:3] = -torch.inf
+    init = torch.ones(1, 30, dtype=torch.int64)
+    labels = mrf_alpha_expansion(unary, grid, 1.0, init=init)
+    assert unary.gather(2, labels[..., None]).isfinite().all()
+    energies = [
+        mrf_energy(unary, grid, 1.0, x) for x in (labels, mrf_alpha_expansion(unary, grid, 1.0))
+    ]
+    torch.testing.assert_close(*energies, rtol=0.02, atol=0.5)
 
 
 def test_errors() -> None:

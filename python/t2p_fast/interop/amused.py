@@ -56,6 +56,10 @@ class AmusedScheduler(_AmusedScheduler):  # type: ignore[misc]
             if self.timesteps is None:
                 raise ValueError("AmusedScheduler.step: call set_timesteps first")
             steps = len(self.timesteps)
+            if not 0 <= timestep < steps:
+                raise ValueError(
+                    f"AmusedScheduler.step: timestep is {int(timestep)}, expected 0 to {steps - 1}"
+                )
             count = self._count(tokens, (steps - int(timestep)) / steps, starting_mask_ratio)
             temperature = float(self.temperatures[steps - 1 - int(timestep)])
         result = masked_sample(

@@ -93,10 +93,12 @@ class TokenMRF(PretrainedModel):
             unary: ``[b, n, V]``, scores of a generator.
             known: ``[b, n]`` int64, tokens that stay, negative where they are to be found.
             unknown: how many those are in a picture, at most: nothing on CUDA waits to find out.
-            candidates: ``[b, n, k]`` int64: `unary`, ``[b, n, k]`` then, has the scores of these
-                tokens alone, and all others are impossible. Exact, and costs `k` tokens a position
-                instead of ``V``, in memory too, forward and backward: for training on what a
-                generator may draw. It needs `known`.
+            candidates: ``[b, n, k]`` int64, different ones at a position: `unary`, ``[b, n, k]``
+                then, has the scores of these tokens alone, and all others are impossible. Exact,
+                and costs `k` tokens a position instead of ``V``, in memory too, forward and
+                backward: for training on what a generator may draw. It needs `known`.
+
+        Weights and scores in float64 are computed with in float32.
 
         Returns:
             ``[b, n, V]``, one-hot where known; see :func:`t2p_fast.ops.mrf_mean_field`. With
@@ -104,9 +106,11 @@ class TokenMRF(PretrainedModel):
         """
         if candidates is not None:
             return self._among(unary, candidates, known)
-        return mrf_mean_field(
-            unary, self.w_s, self._labels(), known=known, unknown=unknown, **self._options()
-        )
+        q = mrf_mean_field(
+            _single(unary), _single(self.w_s), self._labels(), known=known, unknown=unknown,
+            **self._options(),
+        )  # fmt: skip
+        return q.to(unary.dtype)
 
     def _among(self, scores: Tensor, candidates: Tensor, known: Tensor | None) -> Tensor:
         b, n, k = scores.shape
@@ -116,6 +120,8 @@ class TokenMRF(PretrainedModel):
                 f"TokenMRF: candidates is {list(candidates.shape)} and known {got}, expected "
                 f"{[b, n, k]} as unary, and {[b, n]}"
             )
+        if not scores.is_cuda:  # a GPU would have to wait to know
+            _check_candidates(scores, candidates, known, self.config.vocab_size)
         with torch.autocast(scores.device.type, enabled=False):
             w_s, heard = self.w_s.float(), self.w_c.float()
             spoken = heard.t() if self.w_b is None else self.w_b.float()
@@ -136,7 +142,8 @@ class TokenMRF(PretrainedModel):
         return q
 
     def _labels(self) -> Tensor | LowRank:
-        return self.w_c if self.w_b is None else LowRank(self.w_c, self.w_b)
+        w_c = _single(self.w_c)
+        return w_c if self.w_b is None else LowRank(w_c, _single(self.w_b))
 
     def _options(self) -> dict[str, Any]:
         return {"iterations": self.config.iterations, "packed": self._packed_labels()}
@@ -169,6 +176,30 @@ class TokenMRF(PretrainedModel):
         """
         known = tokens.masked_fill(tokens == self.config.vocab_size, -1)
         return mrf_likeliest(
-            scores, self.w_s, self._labels(), known=known, unknown=unknown,
+            _single(scores), _single(self.w_s), self._labels(), known=known, unknown=unknown,
             rounds=self.config.rounds, **self._options(),
         )  # fmt: skip
+
+
+def _single(x: Tensor) -> Tensor:
+    """As the ops take it: float64 in float32."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def _check_candidates(scores: Tensor, candidates: Tensor, known: Tensor, v: int) -> None:
+    if known.numel() == 0:
+        return
+    if int(known.max()) >= v:
+        raise ValueError(f"TokenMRF: known holds token {int(known.max())}, expected less than {v}")
+    low, high = (int(x) for x in candidates.aminmax()) if candidates.numel() else (0, 0)
+    if low < 0 or high >= v:
+        raise ValueError(
+            f"TokenMRF: candidates holds tokens {low} to {high}, expected 0 to {v - 1}"
+        )
+    best = scores.amax(-1) if scores.shape[-1] else scores.new_full(known.shape, -torch.inf)
+    bad = (known < 0) & ~best.isfinite()  # amax hands a NaN on
+    if bool(bad.any()):
+        raise ValueError(
+            f"TokenMRF: scores of position {int(bad.nonzero()[0, 1])} have a NaN, an infinity, or "
+            "nothing but -inf"
+        )

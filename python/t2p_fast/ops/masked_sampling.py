@@ -5,6 +5,7 @@ Sizes: `b` pictures, `n` positions, `v` words.
 """
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -196,6 +197,12 @@ def masked_sample(
     ):
         if not low <= value <= high:
             raise ValueError(f"{op}: {name} is {value}, expected {low:g} to {high:g}")
+    if not (mask_count is None or isinstance(mask_count, (Tensor, int))):
+        if not hasattr(mask_count, "__index__"):  # as numpy's integers have
+            raise TypeError(
+                f"{op}: mask_count must be an int or an int64 tensor, got {describe(mask_count)}"
+            )
+        mask_count = operator.index(mask_count)
     if isinstance(mask_count, int):
         mask_count = tokens.new_full([b], mask_count)
     token_noise, confidence_noise = noise if noise is not None else (None, None)

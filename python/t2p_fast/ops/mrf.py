@@ -329,9 +329,9 @@ def mrf_likeliest(
     Args:
         rounds: inferences. One finds every label as it is likeliest by itself; of two that exclude
             each other it may take both or neither. After each but the last an equal share of the
-            labels of a picture about which there was a choice, the surest, become known (as in
-            MaskGIT's decoding, H. Chang et al., CVPR 2022, with a field in place of the
-            transformer).
+            labels of a picture about which there was a choice, the surest, of equally sure ones the
+            first, become known (as in MaskGIT's decoding, H. Chang et al., CVPR 2022, with a field
+            in place of the transformer).
         The others as those of `mrf_mean_field`.
 
     Returns:
@@ -509,7 +509,7 @@ def unpack_labels(w_c: LabelWeights, like: Tensor) -> tuple[Tensor, Tensor | Non
         return w_c.a, w_c.b
     if isinstance(w_c, Tensor):
         return w_c, None
-    return torch.full((), float(w_c), device=like.device), None
+    return torch.full((), float(w_c), dtype=torch.float32, device=like.device), None
 
 
 def solver_edges(w_s: PairWeights) -> Edges:

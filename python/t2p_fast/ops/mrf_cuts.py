@@ -38,7 +38,8 @@ def mrf_alpha_expansion(
         w_c: as in `mrf_mean_field`, symmetric, and ``-w_c`` a metric up to a constant:
             ``w_c[a, a] + w_c[b, c] >= w_c[a, c] + w_c[b, a]``. Potts weights that are not negative
             and `codebook_labels` are; a learned matrix hardly ever is.
-        init: ``[b, n]`` int64 labels to start from; the likeliest by `unary` if not given.
+        init: ``[b, n]`` int64 labels to start from; the likeliest by `unary` if not given, and
+            where one is ruled out by -inf.
         known: ``[b, n]`` int64, the label of a known position, negative where it is to be found.
         cycles: at most so many.
 
@@ -78,12 +79,17 @@ def mrf_alpha_expansion(
     pairs = start[once], edges.node[once], edges.weight[once].double()
     results = []
     for picture in range(unary.shape[0]):
-        x = unary[picture].argmax(-1) if init is None else init[picture].clone()
+        scores = unary[picture].double()
+        x = scores.argmax(-1)
+        if init is not None:
+            possible = scores.gather(1, init[picture][:, None])[:, 0] > -torch.inf
+            x = torch.where(possible, init[picture], x)
         fixed = torch.zeros_like(x, dtype=torch.bool)
         if known is not None:
             fixed = known[picture] >= 0
             x = torch.where(fixed, known[picture], x)
-        results.append(_expand(unary[picture].double(), pairs, labels.double(), x, fixed, cycles))
+            scores = scores.masked_fill(fixed[:, None], 0.0)  # which may rule known labels out
+        results.append(_expand(scores, pairs, labels.double(), x, fixed, cycles))
     return torch.stack(results) if results else unary.new_empty(unary.shape[:2], dtype=torch.int64)
 
 
@@ -108,7 +114,7 @@ def _expand(
     cycles: int,
 ) -> Tensor:
     i, j, weight = pairs
-    everywhere = torch.arange(len(x))
+    everywhere = torch.arange(len(x), device=x.device)
 
     def energy(labels: Tensor) -> float:
         chosen = unary[everywhere, labels].sum()
@@ -142,11 +148,10 @@ def _cut(
     ``A + (C - A) y_i + (D - C) y_j + (B + C - A - D) (1 - y_i) y_j`` for ``y`` in {0, 1}.
     """
     i, j, weight = pairs
-    n = len(x)
     a, b = -weight * w_c[x[i], x[j]], -weight * w_c[x[i], alpha]
     c, d = -weight * w_c[alpha, x[j]], -weight * w_c[alpha, alpha]
     between = (b + c - a - d).clamp_min(0)
-    cost = unary[torch.arange(n), x] - unary[:, alpha]
+    cost = unary.gather(1, x[:, None])[:, 0] - unary[:, alpha]
     forced = fixed | ~cost.isfinite()
     cost = torch.where(forced, 0, cost).index_add(0, i, c - a).index_add(0, j, d - c)
     # More than all that could be gained by moving where that is not allowed.
@@ -165,7 +170,7 @@ def _minimum_cut(i: Tensor, j: Tensor, between: Tensor, cost: Tensor) -> Tensor:
     out = (cost > 0).nonzero()[:, 0]
     into = (cost < 0).nonzero()[:, 0]
     if len(into) == 0:
-        return torch.zeros(n, dtype=torch.bool)
+        return torch.zeros_like(cost, dtype=torch.bool)
     tails = torch.cat([i, out.new_full(out.shape, source), into])
     heads = torch.cat([j, out, into.new_full(into.shape, sink)])
     capacity = torch.cat([between, cost[out], -cost[into]])
@@ -182,6 +187,6 @@ def _minimum_cut(i: Tensor, j: Tensor, between: Tensor, cost: Tensor) -> Tensor:
     left.data[left.data < 0] = 0
     left.eliminate_zeros()
     reached = breadth_first_order(left, source, return_predecessors=False)
-    side = torch.ones(n + 2, dtype=torch.bool)
+    side = cost.new_ones(n + 2, dtype=torch.bool)
     side[torch.from_numpy(reached).long()] = False
     return side[:n]

@@ -93,7 +93,7 @@ def grid_neighbours(
     if connectivity == 8:
         corner = weight if diagonal_weight is None else diagonal_weight
     rows = [[corner, weight, corner], [weight, 0.0, weight], [corner, weight, corner]]
-    return GridWeights(torch.tensor(rows), height, width)
+    return GridWeights(torch.tensor(rows, dtype=torch.float32), height, width)
 
 
 def codebook_labels(codebook: Tensor, *, scale: float, truncation: float, p: float = 2.0) -> Tensor:
@@ -124,7 +124,7 @@ def grid_structure(
     size: tuple[int, int], height: int, width: int, kept: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Edges.begin` and `Edges.node` of a grid, and the number in the table of every edge."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         kh, kw = size
         entry = torch.tensor(kept, dtype=torch.int64)
         dy, dx = entry // kw - kh // 2, entry % kw - kw // 2
@@ -195,14 +195,14 @@ def _edges_of(
     """Those of a small table: to look them up takes a hundredth of the time to make them."""
     middle = size[0] // 2 * size[1] + size[1] // 2
     kept = tuple(i for i, x in enumerate(weights) if x != 0 and (self_edges or i != middle))
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         begin, node, entry = grid_structure(size, height, width, kept)
         return Edges(begin, node, torch.tensor(weights, dtype=torch.float32)[entry])
 
 
 @lru_cache(maxsize=16)
 def _all_pairs(n: int) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return torch.arange(0, n * n + 1, max(n, 1)), torch.arange(n).repeat(n)
 
 

@@ -40,9 +40,10 @@ class LowRankField:
         self.a, self.b = a.float().contiguous(), b.float().contiguous()
         self.spoken = self.b
         rows = len(self.scores)
-        self.words = [torch.empty(rows, a.shape[1]) for _ in range(2)]
+        self.words = [self.scores.new_empty(rows, a.shape[1]) for _ in range(2)]
         if known is None:
-            self.labels, self.row = torch.empty(rows, dtype=torch.int64), torch.arange(rows)
+            self.row = torch.arange(rows, device=unary.device)
+            self.labels = torch.empty_like(self.row)
         else:
             self.labels = known.flatten().clone()
             self.row, fixed = (
@@ -63,7 +64,7 @@ class LowRankField:
             words.index_copy_(0, row, said)
 
     def _find_candidates(self, v: int) -> None:
-        candidate = torch.empty(len(self.row), v // _WORTH_LABELS, dtype=torch.int64)
+        candidate = self.row.new_empty(len(self.row), v // _WORTH_LABELS)
         candidates = torch.empty_like(self.row)
         self.candidate: Tensor | None = None
         self.candidates: Tensor | None = None
@@ -102,7 +103,8 @@ class LowRankField:
     def mean_field(self, iterations: int) -> Tensor:
         """``[b, n, v]``, as `mrf_mean_field` returns it."""
         q = empty_like(self.scores)
-        fixed = torch.ones(len(q), dtype=torch.bool).index_fill_(0, self.row, False).nonzero()[:, 0]
+        known = self.row.new_ones(len(q), dtype=torch.bool).index_fill_(0, self.row, False)
+        fixed = known.nonzero()[:, 0]
         q.index_fill_(0, fixed, 0.0)
         q[fixed, self.labels[fixed]] = 1
         self._infer(iterations, q)
@@ -118,7 +120,8 @@ class LowRankField:
 
     def _settle(self, iterations: int, rounds: int) -> None:
         """All inferences but the last."""
-        left, sure = torch.zeros(self.shape, dtype=torch.bool), torch.empty(self.shape)
+        left = self.row.new_zeros(self.shape, dtype=torch.bool)
+        sure = self.scores.new_empty(self.shape)
         choice = None
         if self.candidate is None:
             choice = self.scores[self.row].isfinite().sum(1) > 1

@@ -54,10 +54,12 @@ def counts(left: Tensor, rounds: int) -> Sequence[Tensor]:
 def surest(sure: Tensor, left: Tensor, count: Tensor) -> Tensor:
     """The `count` positions ``[b, n]`` of those `left` of which one is `sure`, as a mask.
 
+    Of equally sure ones the first.
+
     Args:
         sure: ``[b, n]`` probabilities of the likeliest labels.
         left: ``[b, n]`` bool.
         count: ``[b, 1]``.
     """
-    rank = sure.masked_fill(~left, -1.0).argsort(1, descending=True).argsort(1)
-    return left & (rank < count)
+    order = sure.masked_fill(~left, -1.0).argsort(dim=1, descending=True, stable=True)
+    return left & (order.argsort(1) < count)

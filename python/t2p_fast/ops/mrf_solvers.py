@@ -240,7 +240,7 @@ def solver_problem(
     if second is not None:
         labels = first.float() @ second.float().T
     elif first.ndim == 0:
-        labels = first.float() * torch.eye(v, device=unary.device)
+        labels = first.float() * torch.eye(v, dtype=torch.float32, device=unary.device)
     else:
         labels = first.float()
     # Weights of low rank are symmetric up to rounding.
@@ -251,16 +251,20 @@ def solver_problem(
     best = unary.amax(-1)
     if not bool((best.isfinite() & ~unary.isnan().any(-1)).all()):
         raise ValueError(f"{op}: unary has a NaN, an infinity, or a position of nothing but -inf")
-    return unary, solver_edges(w_s), ((labels + labels.T) / 2).detach()
+    edges = solver_edges(w_s)
+    if not bool(edges.weight.isfinite().all()):
+        raise ValueError(f"{op}: w_s has a NaN or an infinity")
+    return unary, edges, ((labels + labels.T) / 2).detach()
 
 
 def _colours(w_s: GridWeights) -> tuple[Tensor, list[int]]:
     """The positions, colour by colour, so that no two of a colour are neighbours."""
     table, height, width = w_s
-    middle = torch.tensor([table.shape[0] // 2, table.shape[1] // 2])
-    chosen = (table != 0).cpu().nonzero() - middle
+    chosen = (table != 0).cpu().nonzero()
+    chosen = chosen - chosen.new_tensor([table.shape[0] // 2, table.shape[1] // 2])
     chosen = chosen[chosen.abs().sum(1) > 0]
-    y, x = torch.arange(height)[:, None], torch.arange(width)[None]
+    y, x = (torch.arange(size, device=chosen.device) for size in (height, width))
+    y, x = y[:, None], x[None]
     if len(chosen) == 0 or int(chosen.abs().sum(1).max()) == 1:
         colour = (y + x) % 2
     else:

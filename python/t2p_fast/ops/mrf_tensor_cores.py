@@ -23,7 +23,7 @@ class LabelStep:
         self.fits = parts > 0
         if self.fits:
             self.logits = torch.empty_like(unary)
-            self.sums = torch.empty(len(unary), parts, 2, device=unary.device)
+            self.sums = unary.new_empty(len(unary), parts, 2, dtype=torch.float32)
 
     def __call__(
         self, mixed: Tensor, previous: Tensor | None, damping: float, temperature: float, to: Tensor

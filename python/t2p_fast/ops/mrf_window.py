@@ -74,7 +74,7 @@ def _window_of(
     kw = size[1]
     rows = [scaled[i : i + kw] for i in range(0, len(scaled), kw)]
     factors = _factors(rows)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         if factors is None:
             return Window(None, torch.tensor(rows, dtype=torch.float32), 0.0, height, width)
         down, across, middle = factors

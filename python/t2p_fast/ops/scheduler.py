@@ -422,7 +422,8 @@ def scheduler_noise(
         raise ValueError("scheduler_noise: shape must be [b, ...], got []")
     if seeds is not None and (seeds.ndim != 1 or len(seeds) != shape[0]):
         raise ValueError(f"scheduler_noise: seed is {list(seeds.shape)} but shape is {list(shape)}")
-    like = torch.empty((1,), device=device if seeds is None else seeds.device).expand(*shape)
+    device = device if seeds is None else seeds.device
+    like = torch.empty((1,), dtype=torch.float32, device=device).expand(*shape)
     noise: Tensor = _scheduler_noise(like, seeds, number & 0x7FFF_FFFF_FFFF_FFFF, offset)
     return noise
 
