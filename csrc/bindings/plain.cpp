@@ -54,6 +54,8 @@ bool has_modes(const Torch& torch) {
 
 }  // namespace
 
+bool has_modes() { return has_modes(torch_of_process()); }
+
 bool is_plain(std::span<const py::handle> tensors) {
   const Torch& torch = torch_of_process();
   if (has_modes(torch)) return false;
@@ -72,6 +74,7 @@ bool is_plain(std::span<const py::handle> tensors) {
 }
 
 void bind_plain(py::module_& m) {
+  m.def("has_modes", py::overload_cast<>(&has_modes));
   m.def("is_plain", [](const py::args& tensors) {
     const std::vector<py::handle> handles(tensors.begin(), tensors.end());
     return is_plain(handles);

@@ -8,6 +8,9 @@
 
 namespace t2p {
 
+// Whether a mode of torch (of dispatch, of functorch, forward-mode differentiation) sees every call.
+bool has_modes();
+
 // Whether no gradient is wanted and no mode of torch would do more than run an op on `tensors`,
 // None among them or not. While torch compiles a function there is no asking from C++.
 bool is_plain(std::span<const pybind11::handle> tensors);

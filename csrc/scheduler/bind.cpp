@@ -50,24 +50,42 @@ void step(const TensorView& sample, const TensorView& output, const TensorView& 
             workspace ? workspace->data<float>() : nullptr);
 }
 
-// A seed out of torch's default generator for the CPU: torch.manual_seed makes it repeatable.
+// A number that torch draws into.
+struct Drawn {
+  py::object fill;  // Tensor.random_ of it
+  const std::uint64_t* number;
+};
+
+Drawn make_drawn() {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object mode = torch.attr("inference_mode")(false);  // whatever is on now, it stays
+  mode.attr("__enter__")();
+  const py::object number = torch.attr("zeros")(
+      py::tuple(), py::arg("dtype") = torch.attr("int64"), py::arg("device") = "cpu");
+  mode.attr("__exit__")(py::none(), py::none(), py::none());
+  const auto address = number.attr("data_ptr")().cast<std::uintptr_t>();
+  return {number.attr("random_"), reinterpret_cast<const std::uint64_t*>(address)};
+}
+
+// A seed out of torch's default generator for the CPU: torch.manual_seed makes it repeatable. Not
+// for when torch has modes: they would see it.
 std::uint64_t draw_seed() {
-  struct Source {
-    py::object fill;  // Tensor.random_ of the number
-    const std::uint64_t* number;
-  };
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Source> stored;
-  const auto make = [] {
-    const py::module_ torch = py::module_::import("torch");
-    const py::object number = torch.attr("zeros")(
-        py::tuple(), py::arg("dtype") = torch.attr("int64"), py::arg("device") = "cpu");
-    const auto address = number.attr("data_ptr")().cast<std::uintptr_t>();
-    return Source{number.attr("random_"), reinterpret_cast<const std::uint64_t*>(address)};
-  };
-  const Source& source = stored.call_once_and_store_result(make).get_stored();
-  const auto filled = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(source.fill.ptr()));
+  // torch lets other threads run while it draws: each call has a number of its own meanwhile.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<std::vector<Drawn>> stored;
+  const auto none = [] { return std::vector<Drawn>(); };
+  std::vector<Drawn>& unused = stored.call_once_and_store_result(none).get_stored();
+  Drawn drawn;
+  if (unused.empty()) {
+    drawn = make_drawn();
+  } else {
+    drawn = std::move(unused.back());
+    unused.pop_back();
+  }
+  const auto filled = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(drawn.fill.ptr()));
   if (!filled) throw py::error_already_set();
-  return *source.number;
+  const std::uint64_t seed = *drawn.number;
+  unused.push_back(std::move(drawn));
+  return seed;
 }
 
 std::optional<TensorView> view_of(py::handle tensor) {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from t2p_fast._library import _C
 
-__all__ = ["check_choice", "describe", "is_plain", "normalize_dim", "under_autocast"]
+__all__ = ["check_choice", "describe", "is_plain", "normalize_dim", "under_autocast", "written"]
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -28,6 +28,15 @@ def describe(value: object) -> str:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no gradient is wanted and no mode of torch would do more than run an op."""
     return not _is_compiling() and _C.is_plain(*tensors)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd that these have been written over, so that it does not use what was there."""
+    if _is_compiling():  # which sees it in the op's schema
+        return
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def normalize_dim(op: str, name: str, dim: int, ndim: int) -> int:

@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_amused import AmusedSchedulerOutput
 from torch import Tensor
 
 from t2p_fast.ops import masked_sample
+from t2p_fast.schedulers._base import THEIR_MODULE
 
 __all__ = ["AmusedScheduler"]
 
@@ -21,6 +22,11 @@ class AmusedScheduler(_AmusedScheduler):  # type: ignore[misc]
     Draws follow the same distribution and as many tokens are masked again, but a generator's seed
     means other tokens. A picture's tokens depend on its place in the batch, as there.
     """
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> "AmusedScheduler":
+        scheduler: AmusedScheduler = super().__new__(cls)
+        scheduler.__module__ = THEIR_MODULE
+        return scheduler
 
     def step(
         self,

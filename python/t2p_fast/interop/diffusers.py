@@ -168,9 +168,16 @@ def _swap_scheduler(path: str, part: Any, done: Acceleration) -> None:
     at = f"{path}.scheduler".lstrip(".")
     try:
         scheduler = ours.from_config(theirs.config)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         done.kept.append(Swap("scheduler", at, str(error)))
         return
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
+        why = "epsilon says nothing about a sample without signal (rescale_betas_zero_snr)"
+        done.kept.append(Swap("scheduler", at, why))
+        return
+    if "variance_type" in vars(theirs):  # which users set there
+        scheduler.variance_type = theirs.variance_type
     part.scheduler = scheduler
     done._undo.append(partial(setattr, part, "scheduler", theirs))
     done.swaps.append(Swap("scheduler", at, f"{name} -> {ours.__module__}"))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import check_choice, describe, is_plain
+from t2p_fast._checks import check_choice, describe, is_plain, written
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty_like
 
@@ -292,6 +292,7 @@ def group_norm_silu(
     ):
         raise ValueError(f"{op}: inplace cannot be used where a gradient is wanted")
     _group_norm_silu_(*arguments)
+    written(x)
     return x
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import is_plain
+from t2p_fast._checks import is_plain, written
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty
 from t2p_fast.ops.scheduler_autograd import (
@@ -197,7 +197,7 @@ def run_step(
     given, draw, seeds, seed, offset = noise
     prev, x0 = out
     compiling = _is_compiling()
-    if compiling and draw and seed is None:
+    if draw and seed is None and (compiling or _C.has_modes()):  # which have to see the draw
         given = torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
         draw, seed = False, 0
     arguments = (
@@ -209,12 +209,16 @@ def run_step(
         try:
             results = _plain_step(arguments, prev, x0, return_x0, _get_num_threads())
             if results is not None:
+                if prev is not None:
+                    written(prev, x0)
                 return results
             if is_plain(*arguments[:2], uncond_output, *arguments[12:16]) and sample.is_cuda:
                 if prev is None:
                     prev = torch.empty_like(sample)
                     x0 = torch.empty_like(sample) if return_x0 else None
                 _launch(_with_seed(arguments), prev, x0)
+                if out[0] is not None:
+                    written(*out)
                 return prev, x0
         except (TypeError, ValueError):
             if prev is not None:

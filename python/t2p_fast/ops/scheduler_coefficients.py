@@ -90,7 +90,8 @@ def _prediction(
     check_choice(op, "prediction_type", prediction_type, PREDICTION_TYPES)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction_type == "epsilon":
-        if bool((alpha == 0).any()):
+        # A traced function can't look at numbers; a scheduler's timesteps have been checked before.
+        if not torch.compiler.is_compiling() and bool((alpha == 0).any()):
             raise ValueError(
                 f"{op}: prediction_type='epsilon' cannot be used at a timestep without signal "
                 "(zero terminal SNR): its noise says nothing about the sample there; use "

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the schedulers share: their result, their noise, and the road to the kernel."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
+from t2p_fast._library import _C
 from t2p_fast.ops.scheduler import DRAWN_NOISE, NoiseSource, SchedulerPlan, run_step
 from t2p_fast.ops.scheduler_autograd import CLIP, NO_BOUND, THRESHOLD
 from t2p_fast.ops.scheduler_coefficients import mix_coefficients
-from t2p_fast.schedulers._config import Configurable
+from t2p_fast.schedulers._config import Configurable, on_host
 
 __all__ = [
     "UNBOUNDED",
@@ -21,6 +25,7 @@ __all__ = [
     "draw_noise",
     "find_table",
     "randn",
+    "version_of",
 ]
 
 # Coefficients by what they depend on, and the sample's device and dtype.
@@ -100,18 +105,22 @@ def randn(
 
 _is_compiling = torch.compiler.is_compiling
 _get_num_threads = torch.get_num_threads
+_has_modes = _C.has_modes
 
 
-def draw_noise(like: Tensor, generator: Generator, noise: Tensor | None) -> NoiseSource:
+def draw_noise(
+    like: Tensor, generator: Generator, noise: Tensor | None, dtype: torch.dtype | None = None
+) -> NoiseSource:
     """What the kernel needs for noise.
 
-    With a generator the noise is that of `torch.randn`, as in diffusers. Without one the kernel
-    draws, from a seed out of torch's default generator: torch.manual_seed makes it repeatable.
+    With a generator the noise is that of `torch.randn` in `dtype`, if not given that of `like`, as
+    in diffusers. Without one the kernel draws, from a seed out of torch's default generator:
+    torch.manual_seed makes it repeatable.
     """
     if noise is None and generator is None:
         return DRAWN_NOISE
     if noise is None:
-        noise = randn(like.shape, generator, like.device, like.dtype)
+        noise = randn(like.shape, generator, like.device, dtype or like.dtype).to(like.dtype)
     elif generator is not None:
         raise ValueError("pass either generator or variance_noise, not both")
     return noise.to(like.device), False, None, 0, 0
@@ -129,13 +138,18 @@ def find_table(
     if table is None:
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         device = torch.device("cpu") if sample.is_meta else sample.device
-        table = tables[place] = make(*key).to(device=device, dtype=dtype)
+        if _is_compiling():
+            table = tables[place] = make(*key).to(device=device, dtype=dtype)
+            return table
+        # A mode would make it something that is of no use without it.
+        with on_host(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+            table = tables[place] = make(*key).to(device=device, dtype=dtype)
     return table
 
 
-def _version_of(timesteps: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
     """How often something was written there; None where torch does not count."""
-    return None if timesteps.is_inference() else timesteps._version
+    return None if tensor.is_inference() else tensor._version
 
 
 class Schedule:
@@ -155,10 +169,12 @@ class Schedule:
         self.tables: Tables = {}
         self.plans: dict[Any, SchedulerPlan] = {}
         self._first, self._bytes = timesteps.data_ptr(), timesteps.element_size()
-        self._version = _version_of(timesteps)
+        self._version = version_of(timesteps)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Schedule, (self.timesteps, self.values)  # a copy lies elsewhere
+        # A copy lies elsewhere, and does not know that somebody has written into the original.
+        values = self.values if self.holds(self.timesteps) else self.timesteps.tolist()
+        return Schedule, (self.timesteps, values)
 
     def clear(self) -> None:
         """Forgets what was made."""
@@ -174,7 +190,7 @@ class Schedule:
         The rows of `table` that are in `noisy` draw noise. With `by_timestep` they are the
         timesteps.
         """
-        if key in self.plans or _is_compiling():
+        if key in self.plans or _is_compiling() or _has_modes():
             return
         if table.is_cuda or table.dtype != torch.float32:
             return
@@ -207,7 +223,9 @@ class Schedule:
 
     def holds(self, timesteps: Tensor) -> bool:
         """Whether these are its timesteps still, and nobody has written others there."""
-        return timesteps is self.timesteps and self._version == _version_of(timesteps)
+        if timesteps is not self.timesteps:
+            return False
+        return _is_compiling() or self._version == version_of(timesteps)
 
     def value(self, timestep: Any, timesteps: Tensor) -> Any:
         """The number that a tensor is, if it is one of the timesteps, without reading it; or None.
@@ -225,6 +243,21 @@ class Schedule:
         except RuntimeError:  # a tensor without memory
             return None
         return self.values[place] if 0 <= place < len(self.values) else None
+
+
+# Where a pipeline of diffusers that is saved looks for the class to load: it may be its own, of the
+# same name, where this package is not installed.
+THEIR_MODULE = "diffusers.schedulers"
+
+
+def _join_diffusers() -> None:
+    """Makes schedulers instances of diffusers' base class, if diffusers has been imported.
+
+    Its pipelines save and take no others. All that the class does is overridden.
+    """
+    theirs = getattr(sys.modules.get(f"{THEIR_MODULE}.scheduling_utils"), "SchedulerMixin", None)
+    if theirs is not None and theirs not in Scheduler.__bases__:
+        Scheduler.__bases__ = (*Scheduler.__bases__, theirs)
 
 
 class Scheduler(Configurable):
@@ -246,16 +279,27 @@ class Scheduler(Configurable):
     timesteps: Tensor
     num_inference_steps: int | None = None
 
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> "Scheduler":
+        _join_diffusers()
+        scheduler = super().__new__(cls)
+        scheduler.__module__ = THEIR_MODULE
+        return scheduler
+
     def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:
         """Takes timesteps on the host as the schedule, and drops what was made for another."""
-        self.timesteps = timesteps.to(device)
+        self.timesteps = timesteps.to(device).contiguous()
         self._schedule = Schedule(self.timesteps, timesteps.tolist())
 
     def register_to_config(self, **entries: Any) -> None:
         """Adds entries to the configuration, or replaces them; what was made from it is dropped."""
         super().register_to_config(**entries)
         if "_schedule" in self.__dict__:
-            self._schedule.clear()
+            self._look_at_config()
+
+    def _look_at_config(self) -> None:
+        """Drops what was made from another configuration."""
+        self._schedule.clear()
+        self.config.changed = False
 
     @property
     def compatibles(self) -> list[type["Scheduler"]]:

@@ -12,14 +12,16 @@ import logging
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "Configurable", "FrozenDict", "keeps_config"]
+__all__ = ["CONFIG_NAME", "Configurable", "FrozenDict", "keeps_config", "on_host"]
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -28,13 +30,27 @@ _DEFAULTS = "_use_default_values"  # names of the arguments that were not given
 _Self = TypeVar("_Self", bound="Configurable")
 
 
+@contextmanager
+def on_host() -> Iterator[None]:
+    """What is made here and kept is on the host, and of use outside of inference mode."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        yield
+
+
 class FrozenDict(OrderedDict[str, Any]):
-    """A dict whose entries are attributes too and do not change."""
+    """A dict whose entries are attributes too.
+
+    Entries do not change, but attributes may be set, as pipelines of diffusers do, and then are the
+    entries. `changed` says whether one was.
+    """
+
+    changed: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for key, value in self.items():
             object.__setattr__(self, key, value)
+        object.__setattr__(self, "changed", False)
         object.__setattr__(self, "_frozen", True)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,16 +61,24 @@ class FrozenDict(OrderedDict[str, Any]):
             self._refuse()
         super().__setitem__(key, value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in self:
+            super().__setitem__(name, value)
+            object.__setattr__(self, "changed", True)
+
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         raise TypeError("a configuration does not change; use register_to_config")
 
-    __setattr__ = __delitem__ = pop = popitem = setdefault = update = clear = _refuse
+    __delitem__ = pop = popitem = setdefault = update = clear = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenDict, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenDict":
-        return FrozenDict(self)
+        copied = FrozenDict(self)
+        copied.changed = self.changed
+        return copied
 
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -73,7 +97,8 @@ def keeps_config(init: _Init) -> _Init:
         missing = sorted(set(parameters) - set(given))
         entries = {name: given.get(name, default) for name, default in parameters.items()}
         self.register_to_config(**entries, **{_DEFAULTS: missing})
-        init(self, *args, **kwargs)
+        with on_host():
+            init(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 

@@ -66,6 +66,17 @@ class DiscreteScheduler(Scheduler):
         following[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1])])
         self._following: Tensor = following
         self._previous: list[int] = following.tolist()
+        self._look_at_config()
+        values = self._schedule.values
+        if self._epsilon_without_signal and self.num_inference_steps:
+            for value in values:
+                self._check_signal(value)
+        elif self._epsilon_without_signal:
+            # The schedule of training has it: a step there goes through `_rows_of`, which refuses.
+            values[:] = [value if self._products[value] > 0 else None for value in values]
+
+    def _look_at_config(self) -> None:
+        super()._look_at_config()
         config = self.config
         self._bounds = self._bound()
         # Betas above 1 leave no signal either, by mistake: they give NaN there, as in diffusers.
@@ -74,13 +85,6 @@ class DiscreteScheduler(Scheduler):
             and config.rescale_betas_zero_snr
             and float(self._products[-1]) <= 0
         )
-        values = self._schedule.values
-        if self._epsilon_without_signal and self.num_inference_steps:
-            for value in values:
-                self._check_signal(value)
-        elif self._epsilon_without_signal:
-            # The schedule of training has it: a step there goes through `_rows_of`, which refuses.
-            values[:] = [value if self._products[value] > 0 else None for value in values]
 
     def _check_signal(self, timestep: int) -> None:
         if self._epsilon_without_signal and float(self._products[timestep]) <= 0:

@@ -68,7 +68,7 @@ class KarrasScheduler(SigmaScheduler):
                 "denoising. See `StableDiffusionPipeline` for a usage example."
             )
         self._float64_sigmas()
-        return self._next_step(timestep)
+        return self._this_step(timestep)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`x_0 + sigma e` at timesteps of the schedule, `[b]`, or at the step that was set."""

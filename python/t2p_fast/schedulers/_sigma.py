@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from t2p_fast.ops.scheduler import DRAWN_NOISE, NO_NOISE, NoiseSource, run_step
-from t2p_fast.schedulers._base import UNBOUNDED, Scheduler, find_table
+from t2p_fast.schedulers._base import UNBOUNDED, Scheduler, find_table, version_of
 
 __all__ = ["SigmaScheduler"]
 
@@ -52,14 +52,19 @@ class SigmaScheduler(Scheduler):
         """Takes levels in float64 with those of the result at their end, and the timesteps."""
         self._levels = torch.from_numpy(np.ascontiguousarray(sigmas, dtype=np.float64))
         self.sigmas = self._levels.float()
-        self._given_sigmas = self.sigmas
+        self._given_sigmas, self._sigmas_version = self.sigmas, version_of(self.sigmas)
         self._step_index = self._begin_index = None
         self._set_schedule(timesteps, device)
 
     def _float64_sigmas(self) -> Tensor:
         """The levels; those that somebody has put into `sigmas` where that was changed."""
-        if self.sigmas is not self._given_sigmas:
-            self._given_sigmas = self.sigmas
+        if self.config.changed:
+            self._look_at_config()
+        sigmas = self.sigmas
+        if sigmas is not self._given_sigmas or not (
+            torch.compiler.is_compiling() or version_of(sigmas) == self._sigmas_version
+        ):
+            self._given_sigmas, self._sigmas_version = sigmas, version_of(sigmas)
             self._levels = self.sigmas.double().cpu()
             self._schedule.clear()
         return self._levels
@@ -92,8 +97,8 @@ class SigmaScheduler(Scheduler):
         begin = self._begin_index
         self._step_index = self.index_for_timestep(timestep) if begin is None else begin
 
-    def _next_step(self, timestep: Any) -> int:
-        """The number of the step to do, and counts on."""
+    def _this_step(self, timestep: Any) -> int:
+        """The number of the step to do; who has done it counts on."""
         if self._step_index is None:
             self._init_step_index(timestep)
         step = self._step_index
@@ -104,7 +109,6 @@ class SigmaScheduler(Scheduler):
                 f"{type(self).__name__}.step: all {steps} steps are done; call set_timesteps to "
                 "begin again"
             )
-        self._step_index = step + 1
         return step
 
     def _run_step(
@@ -123,6 +127,7 @@ class SigmaScheduler(Scheduler):
                 guidance_rescale, history1, history2,
             )  # fmt: skip
             if planned is not None:
+                self._step_index = step + 1
                 return planned
         table = find_table(schedule.tables, key, sample, self._coefficients)
         if can_plan:
@@ -132,8 +137,7 @@ class SigmaScheduler(Scheduler):
             sample, model_output, table, step, None, uncond_output, guidance_scale,
             guidance_rescale, bounds, False, None, history1, history2, noise, returns_x0,
         )  # fmt: skip
-        if prev.dtype is not model_output.dtype:
-            prev = prev.to(model_output.dtype)
+        self._step_index = step + 1
         return prev, x0
 
     def _refuse_integer(self, timestep: Any) -> None:

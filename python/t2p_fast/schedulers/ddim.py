@@ -15,7 +15,7 @@ from t2p_fast.schedulers._base import (
     draw_noise,
     find_table,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._discrete import DiscreteScheduler, TrainedBetas
 
 __all__ = ["DDIMScheduler"]
@@ -65,6 +65,7 @@ class DDIMScheduler(DiscreteScheduler):
         self._final_product = 1.0 if set_alpha_to_one else float(self._products[0])
         self.final_alpha_cumprod = torch.tensor(self._final_product)
 
+    @on_host()
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
     ) -> None:
@@ -118,6 +119,8 @@ class DDIMScheduler(DiscreteScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("DDIMScheduler.step: call set_timesteps first")
+        if self.config.changed:
+            self._look_at_config()
         schedule, index = self._schedule, None
         if (generator is None or eta == 0) and variance_noise is None and eps_shift is None:
             planned = schedule.planned(

@@ -17,7 +17,7 @@ from t2p_fast.schedulers._base import (
     draw_noise,
     find_table,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._discrete import DiscreteScheduler, TrainedBetas
 
 __all__ = ["DDPMScheduler"]
@@ -68,6 +68,7 @@ class DDPMScheduler(DiscreteScheduler):
         self.one = torch.tensor(1.0)
         self._setup()
 
+    @on_host()
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -138,6 +139,11 @@ class DDPMScheduler(DiscreteScheduler):
         Raises:
             ValueError: Arguments do not fit.
         """
+        if self.config.changed:
+            self._look_at_config()
+        if not self._schedule.holds(self.timesteps):
+            # What somebody has put there is the schedule, as in diffusers.
+            self._set_schedule(self.timesteps.to("cpu", torch.int64), self.timesteps.device)
         schedule, index = self._schedule, None
         if generator is None and variance_noise is None and mean_shift is None:
             planned = schedule.planned(

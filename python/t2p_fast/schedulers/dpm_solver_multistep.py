@@ -25,7 +25,7 @@ from t2p_fast.schedulers._base import (
     draw_noise,
     find_table,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._discrete import TrainedBetas, set_betas
 from t2p_fast.schedulers._karras import LEAST_PRODUCT
 from t2p_fast.schedulers._sigma import Array, SigmaScheduler
@@ -144,14 +144,14 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         self._reset()
         timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._set_sigmas(self._train_sigmas, timesteps, None)
-
-    _seen: Any = None  # the configuration that steps are made for
+        self._look_at_config()
 
     def _reset(self) -> None:
         # The results of the steps before, the latest last, as diffusers keeps them.
         self.model_outputs: list[Tensor | None] = [None] * self.config.solver_order
         self.lower_order_nums = 0
 
+    @on_host()
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -276,10 +276,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError(f"{_NAME}.step: call set_timesteps first")
-        if self._seen is not self.config:
-            self._look_at_config()
         self._float64_sigmas()
-        step = self._next_step(timestep)
+        step = self._this_step(timestep)
         if self._has_variance:
             # Networks with a learned variance have it behind the channels of the sample.
             model_output = model_output[:, : sample.shape[1]]
@@ -292,7 +290,9 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
                 model_output, uncond_output, sample, step, guidance_scale, guidance_rescale
             )
             uncond_output, kind, bounds = None, "epsilon", UNBOUNDED
-        noise = draw_noise(sample, generator, variance_noise) if self._adds_noise else NO_NOISE
+        noise = NO_NOISE
+        if self._adds_noise:
+            noise = draw_noise(sample, generator, variance_noise, torch.float32)
         before = self.model_outputs
         prev, result = self._run_step(
             (order, kind, bounds[0]), step, sample, model_output, uncond_output, guidance_scale,
@@ -306,7 +306,10 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
 
     def _look_at_config(self) -> None:
         """Takes from the configuration what every step needs."""
-        config = self._seen = self.config
+        super()._look_at_config()
+        config = self.config
+        order: int = config.solver_order
+        self.model_outputs = ([None] * order + self.model_outputs)[-order:]
         self._has_variance = config.variance_type in ("learned", "learned_range")
         self._predicts_data = config.algorithm_type.endswith("++")
         self._adds_noise = config.algorithm_type.startswith("sde")
@@ -314,7 +317,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
 
     def _order_at(self, step: int) -> int:
         """The order of a step: lower where results are missing, and for stability at the end."""
-        steps = len(self._schedule.values)
+        schedule, timesteps = self._schedule, self.timesteps
+        steps = len(schedule.values if timesteps is schedule.timesteps else timesteps)
         left, order = steps - 1 - step, min(len(self.model_outputs), self.lower_order_nums + 1)
         if left > 1 or order == 1:
             return order

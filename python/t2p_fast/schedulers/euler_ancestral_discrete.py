@@ -15,7 +15,7 @@ from t2p_fast.schedulers._base import (
     SchedulerOutput,
     draw_noise,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._discrete import TrainedBetas
 from t2p_fast.schedulers._karras import KarrasScheduler
 from t2p_fast.schedulers._spacing import spaced_timesteps
@@ -53,6 +53,7 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
         )  # fmt: skip
         self._setup_levels()
 
+    @on_host()
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
     ) -> None:
@@ -93,6 +94,7 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
         prev, x0 = self._run_step(
             (), step, sample, model_output, uncond_output, guidance_scale, guidance_rescale, noise
         )
+        prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _coefficients(self) -> Tensor:

@@ -17,7 +17,7 @@ from t2p_fast.schedulers._base import (
     SchedulerOutput,
     draw_noise,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._discrete import TrainedBetas
 from t2p_fast.schedulers._karras import KarrasScheduler
 from t2p_fast.schedulers._spacing import (
@@ -97,6 +97,7 @@ class EulerDiscreteScheduler(KarrasScheduler):
     def _log_sigmas(levels: Any) -> Tensor:
         return torch.from_numpy(0.25 * np.log(levels[:-1])).float()
 
+    @on_host()
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -208,6 +209,7 @@ class EulerDiscreteScheduler(KarrasScheduler):
             (churn, s_noise), step, sample, model_output, uncond_output, guidance_scale,
             guidance_rescale, noise,
         )  # fmt: skip
+        prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _values_of_sigmas(self) -> list[float]:

@@ -18,7 +18,7 @@ from t2p_fast.schedulers._base import (
     draw_noise,
     randn,
 )
-from t2p_fast.schedulers._config import keeps_config
+from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._sigma import Array, SigmaScheduler
 from t2p_fast.schedulers._spacing import (
     beta_sigmas,
@@ -107,6 +107,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         rest = 1 - t
         return 1 - rest / (rest[-1] / (1 - self.config.shift_terminal))
 
+    @on_host()
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -200,18 +201,20 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         """
         self._refuse_integer(timestep)
         self._float64_sigmas()
-        step = self._next_step(timestep)
+        step = self._this_step(timestep)
         stochastic = self.config.stochastic_sampling
         if per_token_timesteps is not None:
             if uncond_output is not None:
                 model_output = torch.lerp(uncond_output, model_output, guidance_scale)
             prev = self._step_per_token(model_output, sample, per_token_timesteps, generator)
+            self._step_index = step + 1
             return SchedulerOutput(prev) if return_dict else (prev,)
         noise = draw_noise(sample, generator, variance_noise) if stochastic else NO_NOISE
         prev, _ = self._run_step(
             (stochastic,), step, sample, model_output, uncond_output, guidance_scale,
             guidance_rescale, noise, returns_x0=False,
         )  # fmt: skip
+        prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev) if return_dict else (prev,)
 
     def _coefficients(self, stochastic: bool) -> Tensor:
@@ -241,4 +244,6 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             "scale_noise", sample, noise, timestep, lambda: (1 - self._levels, self._levels)
         )
 
-    add_noise = scale_noise
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`scale_noise`, with the arguments in the order that other schedulers have them in."""
+        return self.scale_noise(original_samples, timesteps, noise)
