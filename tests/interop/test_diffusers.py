@@ -3,11 +3,15 @@
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from t2p_fast import schedulers
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -250,6 +254,37 @@ def test_only_some_ops_and_what_stays() -> None:
     assert [swap.what for swap in swapped.kept] == ["its forward was replaced before"]
     swapped.restore()
     assert block(1, 2) == 0
+
+
+def test_a_pipeline_is_saved_and_loaded_with_our_scheduler(tmp_path: Path) -> None:
+    pipe, options = _pixel_diffusion()
+    options = {**options, "num_inference_steps": 2, "output_type": "np"}
+    pipe.scheduler = schedulers.DDIMScheduler.from_config(pipe.scheduler.config)
+    assert isinstance(pipe.scheduler, diffusers.SchedulerMixin)
+    pipe.scheduler.config.clip_sample = False
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(loaded.scheduler) is diffusers.DDIMScheduler
+    assert not loaded.scheduler.config.clip_sample
+    pictures = _draw(pipe, options), _draw(loaded, options)
+    torch.testing.assert_close(*pictures, rtol=1e-3, atol=1e-3)
+    accelerate(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    diffusers.DDIMPipeline.from_pretrained(tmp_path / "again", scheduler=pipe.scheduler)
+
+
+def test_schedulers_that_would_refuse_are_kept() -> None:
+    theirs = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe = diffusers.DDIMPipeline(_unet(), theirs)
+    swapped = accelerate(pipe, "scheduler")
+    assert not swapped.swaps
+    assert "without signal" in swapped.kept[0].what
+    pipe = diffusers.DDPMPipeline(_unet(), diffusers.DDPMScheduler(variance_type="fixed_large"))
+    pipe.scheduler.variance_type = "fixed_small"
+    accelerate(pipe, "scheduler")
+    assert pipe.scheduler.variance_type == "fixed_small"
 
 
 def test_hooks_see_the_norms() -> None:

@@ -94,7 +94,8 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
         prev, x0 = self._run_step(
             (), step, sample, model_output, uncond_output, guidance_scale, guidance_rescale, noise
         )
-        prev = prev.to(model_output.dtype)
+        if prev.dtype is not model_output.dtype:
+            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _coefficients(self) -> Tensor:

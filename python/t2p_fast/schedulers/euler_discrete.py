@@ -209,7 +209,8 @@ class EulerDiscreteScheduler(KarrasScheduler):
             (churn, s_noise), step, sample, model_output, uncond_output, guidance_scale,
             guidance_rescale, noise,
         )  # fmt: skip
-        prev = prev.to(model_output.dtype)
+        if prev.dtype is not model_output.dtype:
+            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _values_of_sigmas(self) -> list[float]:

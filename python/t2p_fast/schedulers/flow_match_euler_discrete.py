@@ -214,7 +214,8 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             (stochastic,), step, sample, model_output, uncond_output, guidance_scale,
             guidance_rescale, noise, returns_x0=False,
         )  # fmt: skip
-        prev = prev.to(model_output.dtype)
+        if prev.dtype is not model_output.dtype:
+            prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev) if return_dict else (prev,)
 
     def _coefficients(self, stochastic: bool) -> Tensor:
