@@ -6,7 +6,15 @@ from torch import Tensor
 
 from t2p_fast._library import _C
 
-__all__ = ["check_choice", "describe", "is_plain", "normalize_dim", "under_autocast", "written"]
+__all__ = [
+    "check_choice",
+    "describe",
+    "has_modes",
+    "is_plain",
+    "normalize_dim",
+    "under_autocast",
+    "written",
+]
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -23,6 +31,9 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.layout).removeprefix('torch.')} tensor"
     return f"a {type(value).__name__}"
+
+
+has_modes = _C.has_modes
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -41,6 +41,17 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"heads": 2, "codebook_dim": 4, "channel_last": False},
         (3, 8, 20),
     ),
+    "directional, heads": (
+        {"directional_reparam": True, "threshold_ema_dead_code": 1, "heads": 2, "codebook_dim": 4},
+        SEQUENCE,
+    ),
+    "directional, own codebooks, images": (
+        {
+            "directional_reparam": True, "threshold_ema_dead_code": 1, "heads": 4,
+            "separate_codebook_per_head": True, "accept_image_fmap": True,
+        },
+        (2, 8, 5, 6),
+    ),
     "cosine": ({"use_cosine_sim": True}, SEQUENCE),
     "cosine, heads": ({"use_cosine_sim": True, "heads": 2, "codebook_dim": 4}, SEQUENCE),
     "cosine, images": ({"use_cosine_sim": True, "accept_image_fmap": True}, (2, 8, 5, 6)),

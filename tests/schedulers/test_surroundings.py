@@ -238,6 +238,12 @@ def test_noise_for_doubles_is_that_of_diffusers() -> None:
     torch.testing.assert_close(*results, check_dtype=False, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("maker", ALL)
+def test_no_steps_are_refused(maker: Any) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        maker().set_timesteps(0)
+
+
 def test_flow_matching_takes_noise_in_either_order() -> None:
     scheduler, (x, noise) = _made(FlowMatchEulerDiscreteScheduler), _tensors()
     timesteps = scheduler.timesteps[2:4]

@@ -179,7 +179,12 @@ def _swap_scheduler(path: str, part: Any, done: Acceleration) -> None:
     if "variance_type" in vars(theirs):  # which users set there
         scheduler.variance_type = theirs.variance_type
     part.scheduler = scheduler
-    done._undo.append(partial(setattr, part, "scheduler", theirs))
+
+    def undo() -> None:
+        if part.scheduler is scheduler:  # and not what somebody has put there since
+            part.scheduler = theirs
+
+    done._undo.append(undo)
     done.swaps.append(Swap("scheduler", at, f"{name} -> {ours.__module__}"))
 
 

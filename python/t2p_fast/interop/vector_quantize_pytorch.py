@@ -434,7 +434,12 @@ class VectorQuantize(nn.Module):
             return rotate_gradient(z, quantized.detach(), dim)
         if self.directional_reparam:
             towards = (quantized - z).movedim(dim, -1)
-            noise = torch.randn(towards.shape, dtype=towards.dtype, device=towards.device)
+            shape, heads = list(towards.shape), 0 if self.separate_codebook_per_head else 1
+            if self.heads > 1:  # which come sooner there
+                shape.insert(heads, shape.pop(-2))
+            noise = torch.randn(shape, dtype=towards.dtype, device=towards.device)
+            if self.heads > 1:
+                noise = noise.movedim(heads, -2)
             noisy = towards + math.sqrt(self.directional_reparam_variance) * noise
             moved: Tensor = unit(noisy).detach() * towards.norm(dim=-1, keepdim=True)
             return z + moved.movedim(-1, dim)

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from t2p_fast._checks import is_plain, written
+from t2p_fast._checks import has_modes, is_plain, written
 from t2p_fast._library import _C, define_op
 from t2p_fast.memory import empty
 from t2p_fast.ops.scheduler_autograd import (
@@ -197,7 +197,7 @@ def run_step(
     given, draw, seeds, seed, offset = noise
     prev, x0 = out
     compiling = _is_compiling()
-    if draw and seed is None and (compiling or _C.has_modes()):  # which have to see the draw
+    if draw and seed is None and (compiling or has_modes()):  # which have to see the draw
         given = torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
         draw, seed = False, 0
     arguments = (

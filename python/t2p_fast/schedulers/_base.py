@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from t2p_fast._library import _C
+from t2p_fast._checks import has_modes
 from t2p_fast.ops.scheduler import DRAWN_NOISE, NoiseSource, SchedulerPlan, run_step
 from t2p_fast.ops.scheduler_autograd import CLIP, NO_BOUND, THRESHOLD
 from t2p_fast.ops.scheduler_coefficients import mix_coefficients
@@ -105,7 +105,6 @@ def randn(
 
 _is_compiling = torch.compiler.is_compiling
 _get_num_threads = torch.get_num_threads
-_has_modes = _C.has_modes
 
 
 def draw_noise(
@@ -190,7 +189,7 @@ class Schedule:
         The rows of `table` that are in `noisy` draw noise. With `by_timestep` they are the
         timesteps.
         """
-        if key in self.plans or _is_compiling() or _has_modes():
+        if key in self.plans or _is_compiling() or has_modes():
             return
         if table.is_cuda or table.dtype != torch.float32:
             return

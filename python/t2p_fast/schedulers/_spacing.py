@@ -12,6 +12,7 @@ from t2p_fast._checks import check_choice
 __all__ = [
     "SPACINGS",
     "beta_sigmas",
+    "check_positive",
     "check_step_count",
     "exponential_sigmas",
     "karras_sigmas",
@@ -22,6 +23,13 @@ __all__ = [
 
 Array = NDArray[np.float64]
 SPACINGS = ("linspace", "leading", "trailing")
+
+
+def check_positive(owner: str, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(
+            f"{owner}.set_timesteps: num_inference_steps is {steps}, expected at least 1"
+        )
 
 
 def check_step_count(owner: str, steps: int, train: int) -> None:
@@ -38,6 +46,7 @@ def spaced_timesteps(owner: str, spacing: str, steps: int, train: int, offset: i
     `trailing` has exactly `steps` of them for any `steps`: they are counted, not stepped to.
     """
     check_choice(owner, "timestep_spacing", spacing, SPACINGS)
+    check_positive(owner, steps)
     along = np.arange(steps, dtype=np.float64)
     if spacing == "linspace":
         linear: Array = np.linspace(0, train - 1, steps)[::-1].copy()

@@ -32,6 +32,7 @@ from t2p_fast.schedulers._sigma import Array, SigmaScheduler
 from t2p_fast.schedulers._spacing import (
     SPACINGS,
     beta_sigmas,
+    check_positive,
     exponential_sigmas,
     karras_sigmas,
     one_at_most,
@@ -210,6 +211,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
     def _spaced(self, steps: int) -> Array:
         config = self.config
         check_choice(_NAME, "timestep_spacing", config.timestep_spacing, SPACINGS)
+        check_positive(_NAME, steps)
         train = config.num_train_timesteps
         # Timesteps with too little signal are left out at the noisy end.
         clipped = int(np.searchsorted(self._lambdas[::-1], config.lambda_min_clipped))

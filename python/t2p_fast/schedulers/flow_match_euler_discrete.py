@@ -22,6 +22,7 @@ from t2p_fast.schedulers._config import keeps_config, on_host
 from t2p_fast.schedulers._sigma import Array, SigmaScheduler
 from t2p_fast.schedulers._spacing import (
     beta_sigmas,
+    check_positive,
     exponential_sigmas,
     karras_sigmas,
     one_at_most,
@@ -137,6 +138,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
                 f"have the same length and one of them be given, got {sorted(lengths)}"
             )
         steps = lengths.pop()
+        check_positive(_NAME, steps)
         if sigmas is not None:
             levels = np.asarray(sigmas, dtype=np.float64)
         elif timesteps is not None:
