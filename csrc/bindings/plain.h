@@ -8,7 +8,8 @@
 
 namespace t2p {
 
-// Whether a mode of torch (of dispatch, of functorch, forward-mode differentiation) sees every call.
+// Whether a mode of torch (of dispatch, of functorch, forward-mode differentiation) sees every
+// call.
 bool has_modes();
 
 // Whether no gradient is wanted and no mode of torch would do more than run an op on `tensors`,
