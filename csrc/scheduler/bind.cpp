@@ -60,8 +60,8 @@ Drawn make_drawn() {
   const py::module_ torch = py::module_::import("torch");
   const py::object mode = torch.attr("inference_mode")(false);  // whatever is on now, it stays
   mode.attr("__enter__")();
-  const py::object number = torch.attr("zeros")(
-      py::tuple(), py::arg("dtype") = torch.attr("int64"), py::arg("device") = "cpu");
+  const py::object number = torch.attr("zeros")(py::tuple(), py::arg("dtype") = torch.attr("int64"),
+                                                py::arg("device") = "cpu");
   mode.attr("__exit__")(py::none(), py::none(), py::none());
   const auto address = number.attr("data_ptr")().cast<std::uintptr_t>();
   return {number.attr("random_"), reinterpret_cast<const std::uint64_t*>(address)};
