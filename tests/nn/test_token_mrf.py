@@ -80,6 +80,16 @@ def test_candidates_need_what_is_known() -> None:
             mrf(*change[:2], candidates=change[2])
 
 
+def test_candidates_are_not_looked_at_by_a_compiler() -> None:
+    mrf = TokenMRF(TokenMRFConfig(vocab_size=7, token_grid=2))
+    known = torch.full((1, 4), -1)
+    scores, candidates = torch.randn(1, 4, 2), torch.tensor([1, 3]).expand(1, 4, 2).contiguous()
+    compiled = torch.compile(mrf, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(scores, known, candidates=candidates), mrf(scores, known, candidates=candidates)
+    )
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_float64_is_computed_in_float32(rank: int) -> None:
     torch.manual_seed(0)

@@ -189,6 +189,48 @@ def test_bounds_that_are_changed_count(maker: Any, by_attribute: bool) -> None:
         assert all(scheduler.config[name] == value for name, value in change.items())
 
 
+@pytest.mark.parametrize("maker", [DDPMScheduler, EulerDiscreteScheduler])
+def test_a_configuration_that_diffusers_puts_in_its_place_counts(maker: Any) -> None:
+    theirs = pytest.importorskip("diffusers.configuration_utils").FrozenDict
+    scheduler = _made(maker)
+    _step(scheduler)
+    # As the constructor of StableDiffusionPipeline does, for old configurations.
+    scheduler._internal_dict = theirs({**scheduler.config, "prediction_type": "v_prediction"})
+    assert torch.equal(_step(scheduler), _step(_made(maker, prediction_type="v_prediction")))
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_classes_of_users_are_saved_as_their_own(run_python: Any) -> None:
+    pytest.importorskip("diffusers")
+    run_python(
+        "from t2p_fast.schedulers import DDIMScheduler, DDPMScheduler\n"
+        "from diffusers import SchedulerMixin\n"
+        "class Both(SchedulerMixin, DDIMScheduler): pass\n"
+        "class Own(DDPMScheduler): pass\n"
+        "assert Both().__module__ == Own().__module__ == '__main__'\n"
+        "assert DDIMScheduler().__module__ == 'diffusers.schedulers'"
+    )
+
+
+def test_an_exported_step_leaves_nothing_behind() -> None:
+    scheduler, (x, c) = _made(DDIMScheduler), _tensors()
+
+    class Step(torch.nn.Module):
+        def forward(self, output: Tensor, sample: Tensor) -> Tensor:
+            result: Tensor = scheduler.step(output, 901, sample).prev_sample
+            return result
+
+    exported = torch.export.export(Step(), (c, x), strict=False)
+    expected = scheduler.step(c, 901, x).prev_sample
+    torch.testing.assert_close(exported.module()(c, x), expected)
+    scheduler = _made(DDPMScheduler)
+    add = torch.compile(lambda a, b, t: scheduler.add_noise(a, b, t), backend="eager")
+    with torch.inference_mode():
+        add(x, c, torch.tensor([5]))
+    scheduler.add_noise(x.requires_grad_(), c, torch.tensor([5])).sum().backward()
+    assert x.grad is not None
+
+
 def test_ddpm_goes_by_timesteps_that_are_put_in() -> None:
     theirs = pytest.importorskip("diffusers").DDPMScheduler()
     theirs.set_timesteps(10)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2p_fast._checks import has_modes
 from t2p_fast.checkpoints import PretrainedModel, check_numbers
 from t2p_fast.nn._packed import WeightState, can_be_kept
 from t2p_fast.ops import LowRank, mrf_likeliest, mrf_mean_field, mrf_pack
@@ -120,7 +121,8 @@ class TokenMRF(PretrainedModel):
                 f"TokenMRF: candidates is {list(candidates.shape)} and known {got}, expected "
                 f"{[b, n, k]} as unary, and {[b, n]}"
             )
-        if not scores.is_cuda:  # a GPU would have to wait to know
+        compiling = torch.compiler.is_compiling() or has_modes()
+        if scores.device.type == "cpu" and not compiling:  # a GPU would have to wait to know
             _check_candidates(scores, candidates, known, self.config.vocab_size)
         with torch.autocast(scores.device.type, enabled=False):
             w_s, heard = self.w_s.float(), self.w_c.float()

@@ -209,17 +209,16 @@ def run_step(
         try:
             results = _plain_step(arguments, prev, x0, return_x0, _get_num_threads())
             if results is not None:
-                if prev is not None:
-                    written(prev, x0)
+                written(prev, x0)
                 return results
             if is_plain(*arguments[:2], uncond_output, *arguments[12:16]) and sample.is_cuda:
-                if prev is None:
-                    prev = torch.empty_like(sample)
-                    x0 = torch.empty_like(sample) if return_x0 else None
-                _launch(_with_seed(arguments), prev, x0)
-                if out[0] is not None:
-                    written(*out)
-                return prev, x0
+                to_prev, to_x0 = prev, x0
+                if to_prev is None:
+                    to_prev = torch.empty_like(sample)
+                    to_x0 = torch.empty_like(sample) if return_x0 else None
+                _launch(_with_seed(arguments), to_prev, to_x0)
+                written(prev, x0)
+                return to_prev, to_x0
         except (TypeError, ValueError):
             if prev is not None:
                 _check_out(prev, x0, arguments)

@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -133,16 +134,18 @@ def find_table(
     Made as `make(*key)`, and added to `tables`, where there are none yet.
     """
     place = (key, sample.get_device(), sample.dtype)
-    table = tables.get(place)
-    if table is None:
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        device = torch.device("cpu") if sample.is_meta else sample.device
-        if _is_compiling():
-            table = tables[place] = make(*key).to(device=device, dtype=dtype)
-            return table
-        # A mode would make it something that is of no use without it.
-        with on_host(), _disable_current_modes(), temporarily_clear_interpreter_stack():
-            table = tables[place] = make(*key).to(device=device, dtype=dtype)
+    table, compiling = tables.get(place), torch.compiler.is_dynamo_compiling()
+    # What compiled code has made in inference mode is of use there alone.
+    if table is not None and (compiling or not table.is_inference()):
+        return table
+    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    device = torch.device("cpu") if sample.is_meta else sample.device
+    if compiling:
+        table = tables[place] = make(*key).to(device=device, dtype=dtype)
+        return table
+    # A mode would make it something that is of no use without it.
+    with on_host(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        table = tables[place] = make(*key).to(device=device, dtype=dtype)
     return table
 
 
@@ -256,7 +259,9 @@ def _join_diffusers() -> None:
     """
     theirs = getattr(sys.modules.get(f"{THEIR_MODULE}.scheduling_utils"), "SchedulerMixin", None)
     if theirs is not None and theirs not in Scheduler.__bases__:
-        Scheduler.__bases__ = (*Scheduler.__bases__, theirs)
+        # Somebody may have derived a class from both already.
+        with suppress(TypeError):
+            Scheduler.__bases__ = (*Scheduler.__bases__, theirs)
 
 
 class Scheduler(Configurable):
@@ -281,7 +286,8 @@ class Scheduler(Configurable):
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "Scheduler":
         _join_diffusers()
         scheduler = super().__new__(cls)
-        scheduler.__module__ = THEIR_MODULE
+        if cls.__module__.startswith(__package__):  # and is no user's own
+            scheduler.__module__ = THEIR_MODULE
         return scheduler
 
     def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:

@@ -128,7 +128,11 @@ class Configurable:
     @property
     def config(self) -> Any:
         """The arguments and whatever else the configuration holds, as a `FrozenDict`."""
-        return self._internal_dict
+        entries = self._internal_dict
+        if type(entries) is not FrozenDict:  # pipelines of diffusers put their own there
+            entries = self._internal_dict = FrozenDict(entries)
+            entries.changed = True
+        return entries
 
     def register_to_config(self, **entries: Any) -> None:
         """Adds entries to the configuration, or replaces them."""

@@ -143,7 +143,8 @@ class DDPMScheduler(DiscreteScheduler):
             self._look_at_config()
         if not self._schedule.holds(self.timesteps):
             # What somebody has put there is the schedule, as in diffusers.
-            self._set_schedule(self.timesteps.to("cpu", torch.int64), self.timesteps.device)
+            with on_host():
+                self._set_schedule(self.timesteps.to("cpu", torch.int64), self.timesteps.device)
         schedule, index = self._schedule, None
         if generator is None and variance_noise is None and mean_shift is None:
             planned = schedule.planned(
