@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -74,17 +75,21 @@ std::uint64_t draw_seed() {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<std::vector<Drawn>> stored;
   const auto none = [] { return std::vector<Drawn>(); };
   std::vector<Drawn>& unused = stored.call_once_and_store_result(none).get_stored();
-  Drawn drawn;
-  if (unused.empty()) {
-    drawn = make_drawn();
-  } else {
-    drawn = std::move(unused.back());
-    unused.pop_back();
+  static std::mutex mutex;  // never held while torch runs
+  std::optional<Drawn> drawn;
+  {
+    const std::lock_guard lock(mutex);
+    if (!unused.empty()) {
+      drawn = std::move(unused.back());
+      unused.pop_back();
+    }
   }
-  const auto filled = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(drawn.fill.ptr()));
+  if (!drawn) drawn = make_drawn();
+  const auto filled = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(drawn->fill.ptr()));
   if (!filled) throw py::error_already_set();
-  const std::uint64_t seed = *drawn.number;
-  unused.push_back(std::move(drawn));
+  const std::uint64_t seed = *drawn->number;
+  const std::lock_guard lock(mutex);
+  unused.push_back(std::move(*drawn));
   return seed;
 }
 

@@ -2,6 +2,7 @@
 """Schedulers among modes of torch, threads, other defaults, and what users change about them."""
 
 import copy
+import pickle
 import sys
 import threading
 from typing import Any
@@ -198,6 +199,34 @@ def test_a_configuration_that_diffusers_puts_in_its_place_counts(maker: Any) -> 
     scheduler._internal_dict = theirs({**scheduler.config, "prediction_type": "v_prediction"})
     assert torch.equal(_step(scheduler), _step(_made(maker, prediction_type="v_prediction")))
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("by", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("maker", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_copies_have_their_own_configuration(maker: Any, by: Any) -> None:
+    scheduler = _made(maker)
+    expected, wanted = _step(scheduler), _step(_made(maker, prediction_type="v_prediction"))
+    scheduler.config.prediction_type = "v_prediction"
+    copied = by(scheduler)  # before the original has seen it
+    assert torch.equal(_step(copied), wanted)
+    copied.register_to_config(prediction_type="epsilon")
+    assert torch.equal(_step(copied), expected)
+    assert torch.equal(_step(scheduler), wanted)
+
+
+@pytest.mark.parametrize("maker", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_more_steps_may_be_put_in(maker: Any) -> None:
+    scheduler, longer, (x, c) = _made(maker), _made(maker, 20), _tensors()
+    scheduler.timesteps, scheduler.sigmas = longer.timesteps.clone(), longer.sigmas.clone()
+    results = []
+    for s in (scheduler, longer):
+        torch.manual_seed(0)
+        sample = x
+        for timestep in s.timesteps:
+            s.scale_model_input(sample, timestep)
+            sample = s.step(c, timestep, sample).prev_sample
+        results.append(sample)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_classes_of_users_are_saved_as_their_own(run_python: Any) -> None:

@@ -212,11 +212,12 @@ def run_step(
                 written(prev, x0)
                 return results
             if is_plain(*arguments[:2], uncond_output, *arguments[12:16]) and sample.is_cuda:
+                arguments = _with_seed(arguments)
                 to_prev, to_x0 = prev, x0
                 if to_prev is None:
                     to_prev = torch.empty_like(sample)
                     to_x0 = torch.empty_like(sample) if return_x0 else None
-                _launch(_with_seed(arguments), to_prev, to_x0)
+                _launch(arguments, to_prev, to_x0)
                 written(prev, x0)
                 return to_prev, to_x0
         except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the schedulers share: their result, their noise, and the road to the kernel."""
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -282,6 +283,7 @@ class Scheduler(Configurable):
 
     timesteps: Tensor
     num_inference_steps: int | None = None
+    _constants: Tables  # for any schedule, where there are any
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "Scheduler":
         _join_diffusers()
@@ -289,6 +291,17 @@ class Scheduler(Configurable):
         if cls.__module__.startswith(__package__):  # and is no user's own
             scheduler.__module__ = THEIR_MODULE
         return scheduler
+
+    def __copy__(self) -> "Scheduler":
+        """Shares tensors with the original, but neither tables nor the configuration."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        make, arguments = self._schedule.__reduce__()
+        copied._schedule = make(*arguments)
+        copied._internal_dict = copy.deepcopy(self.config)
+        if "_constants" in self.__dict__:
+            copied._constants = {}
+        return copied
 
     def _set_schedule(self, timesteps: Tensor, device: torch.device | str | None) -> None:
         """Takes timesteps on the host as the schedule, and drops what was made for another."""

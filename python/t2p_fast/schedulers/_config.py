@@ -73,7 +73,7 @@ class FrozenDict(OrderedDict[str, Any]):
     __delitem__ = pop = popitem = setdefault = update = clear = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenDict, (dict(self),)
+        return FrozenDict, (dict(self),), {"changed": self.changed}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenDict":
         copied = FrozenDict(self)

@@ -65,8 +65,11 @@ class SigmaScheduler(Scheduler):
             torch.compiler.is_compiling() or version_of(sigmas) == self._sigmas_version
         ):
             self._given_sigmas, self._sigmas_version = sigmas, version_of(sigmas)
-            self._levels = self.sigmas.double().cpu()
-            self._schedule.clear()
+            levels = sigmas.double().cpu()
+            same = self._levels.float().double()  # as those of a copy are
+            if torch.compiler.is_compiling() or not torch.equal(levels, same):
+                self._levels = levels
+                self._schedule.clear()
         return self._levels
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
@@ -103,7 +106,7 @@ class SigmaScheduler(Scheduler):
             self._init_step_index(timestep)
         step = self._step_index
         assert step is not None
-        steps = len(self._schedule.values)
+        steps = len(self._levels) - 1
         if step >= steps:
             raise ValueError(
                 f"{type(self).__name__}.step: all {steps} steps are done; call set_timesteps to "

@@ -88,7 +88,7 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
         """The sample of the next noise level, in one kernel; args as in `DDIMScheduler.step`."""
         step = self._begin_step(timestep)
         noise = NO_NOISE
-        last = len(self._schedule.values) - 1
+        last = len(self._levels) - 2
         if step < last or generator is not None:  # the last step adds none
             noise = draw_noise(sample, generator, variance_noise)
         prev, x0 = self._run_step(
