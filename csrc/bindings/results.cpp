@@ -4,7 +4,6 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -86,19 +85,18 @@ Result small_like(const TensorView& like, std::int64_t bytes) {
   if (small == nullptr) throw std::bad_alloc();
   const auto end = reinterpret_cast<std::uintptr_t>(small + 1);
   auto* data = reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment);
-  std::int64_t stride = 1;
-  for (int i = like.ndim() - 1; i >= 0; --i) {
-    small->shape[i] = like.size(i);
-    small->strides[i] = stride;
-    stride *= like.size(i);
+  const TensorView view = like.elsewhere(data);
+  for (int i = 0; i < view.ndim(); ++i) {
+    small->shape[i] = view.size(i);
+    small->strides[i] = view.stride(i);
   }
   small->managed = {
       {1, 0},
       nullptr,
       end_small,
       0,
-      {data, like.device(), like.ndim(), like.dtype(), small->shape, small->strides, 0}};
-  return {tensor_of(&small->managed), like.elsewhere(data)};
+      {data, view.device(), view.ndim(), view.dtype(), small->shape, small->strides, 0}};
+  return {tensor_of(&small->managed), view};
 }
 
 }  // namespace

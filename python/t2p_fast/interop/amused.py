@@ -25,7 +25,8 @@ class AmusedScheduler(_AmusedScheduler):  # type: ignore[misc]
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "AmusedScheduler":
         scheduler: AmusedScheduler = super().__new__(cls)
-        scheduler.__module__ = THEIR_MODULE
+        if cls is AmusedScheduler:  # and no user's own
+            scheduler.__module__ = THEIR_MODULE
         return scheduler
 
     def step(
